@@ -1,0 +1,129 @@
+"""The values of a decision: what was asked, what was weighed, what was chosen."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvserve.core.dtypes import CachePair
+from kvserve.core.machine import Backend, Machine
+from kvserve.core.shape import ModelShape
+
+N_CTX_PADDING = 256
+
+
+class Task(StrEnum):
+    """What the context is used for; each task has a KV floor (`core/selector`)."""
+
+    MATH = "math"
+    CODE = "code"
+    RETRIEVAL = "retrieval"
+    RAG = "rag"
+    CHAT = "chat"
+    SUMMARIZE = "summarize"
+    CLASSIFY = "classify"
+    TOOLS = "tools"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for. None means: kvserve chooses.
+
+    `n_ctx` is the longest single request in tokens, None the longest that fits. `pair` fixes the
+    KV types, `floor` is the worst pair allowed, `reserve_bytes` stays free for the rest of the
+    machine (None: 3 % or 256 MiB, whichever is more).
+    """
+
+    n_ctx: int | None
+    n_parallel: int = 4
+    backend: Backend | None = None
+    pair: CachePair | None = None
+    floor: CachePair | None = None
+    task: Task | None = None
+    n_gpu_layers: int | None = None
+    n_batch: int = 512
+    n_ubatch: int = 512
+    reserve_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The settings that a worker starts llama.cpp with; everything a reload may change.
+
+    `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is each GPU's
+    share of the layers, empty with one GPU.
+    """
+
+    backend: Backend
+    pair: CachePair
+    n_ctx: int
+    n_parallel: int
+    n_batch: int
+    n_ubatch: int
+    n_gpu_layers: int
+    n_cpu_moe: int = 0
+    flash_attn: bool = True
+    tensor_split: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by item. `runtime_bytes` is what the device takes beside llama.cpp's own buffers:
+    the CUDA context, cuBLAS, graphs; on the host the process itself."""
+
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    recurrent_bytes: int = 0
+    compute_bytes: int = 0
+    output_bytes: int = 0
+    runtime_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of all items."""
+        return (
+            self.weights_bytes
+            + self.kv_bytes
+            + self.recurrent_bytes
+            + self.compute_bytes
+            + self.output_bytes
+            + self.runtime_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A launch's memory on the GPUs (all together) and on the host."""
+
+    gpu: Memory
+    host: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to launch, with its price and the verdict.
+
+    `memory` and `free_bytes` are those of the device that decides: all GPUs, or the host without
+    one; `free_bytes` has the reserve taken off, `headroom_bytes` is negative where it does not
+    fit. `max_ctx` is the longest context of this pair with these layers, 0 where even 256 tokens
+    do not fit. `reason` says why it was chosen or why it lost.
+    """
+
+    launch: Launch
+    memory: Memory
+    host_memory: Memory
+    free_bytes: int
+    headroom_bytes: int
+    fits: bool
+    reason: str
+    max_ctx: int
+    predicted_tps: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A decision with everything that it rests on."""
+
+    shape: ModelShape
+    machine: Machine
+    request: Request
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]

@@ -1,0 +1,103 @@
+"""What a model's file says about its memory: the shape, without the weights.
+
+`gguf/` builds these values from a header; `core/memory` turns them into bytes.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCache:
+    """The KV rows that one layer keeps for each token.
+
+    `k_elements` and `v_elements` are per token (heads x head size); V is 0 where the cache holds
+    K only (MLA). `window` is the sliding window in tokens, None for full attention.
+    """
+
+    k_elements: int
+    v_elements: int
+    k_head_size: int
+    v_head_size: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentState:
+    """The f32 state that one layer keeps for each sequence (llama_hparams::n_embd_r, n_embd_s).
+
+    `r_elements` is the convolution (or token shift) part, `s_elements` the state matrix.
+    """
+
+    r_elements: int
+    s_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One transformer block: its weights and what it keeps in memory.
+
+    A layer that reuses another layer's cache (Gemma 3n) has neither attention nor recurrent.
+    `expert_bytes` is the part of `weights_bytes` in routed MoE expert tensors.
+    """
+
+    index: int
+    weights_bytes: int
+    expert_bytes: int = 0
+    attention: AttentionCache | None = None
+    recurrent: RecurrentState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model as its GGUF header describes it. Element counts are per token, sizes in bytes.
+
+    `input_bytes` are the token embeddings (and the like) that llama.cpp keeps on the host;
+    `output_bytes` are the output matrix and final norms, a second copy of the token embeddings
+    where the two are tied. `n_ff` is the widest feed-forward layer, experts in use included.
+    """
+
+    architecture: str
+    name: str | None
+    quantization: str | None
+    file_bytes: int
+    n_ctx_train: int
+    n_vocab: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    n_expert: int
+    n_expert_used: int
+    layers: tuple[LayerShape, ...]
+    input_bytes: int
+    output_bytes: int
+    tied_embeddings: bool
+    has_chat_template: bool
+    has_attention_sinks: bool = False
+
+    @property
+    def n_layer(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.layers)
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights, as they lie in memory."""
+        blocks = sum(layer.weights_bytes for layer in self.layers)
+        return blocks + self.input_bytes + self.output_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """All routed expert weights."""
+        return sum(layer.expert_bytes for layer in self.layers)
+
+    @property
+    def attention_layers(self) -> tuple[LayerShape, ...]:
+        """The layers that keep KV rows."""
+        return tuple(layer for layer in self.layers if layer.attention is not None)
+
+    @property
+    def mla(self) -> bool:
+        """Whether the cache holds K only, which needs equal types (multi-head latent attention)."""
+        caches = [layer.attention for layer in self.layers if layer.attention is not None]
+        return bool(caches) and all(cache.v_elements == 0 for cache in caches)

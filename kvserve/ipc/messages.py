@@ -1,0 +1,232 @@
+"""The messages between the daemon and its worker: one struct each, msgpack on the wire.
+
+The daemon sends `ToWorker`, the worker answers `FromWorker`. A request that the daemon sent as
+`Generate` ends in exactly one `Finished` or `Failed` for its id, unless the worker dies or a
+`Pause` comes first.
+"""
+
+from typing import Literal
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
+    """Base of all messages; the class name is the tag."""
+
+
+class Load(Message):
+    """Load the model and create the context. First message of a worker's life.
+
+    `n_gpu_layers` counts the output layer, as llama.cpp does; `n_cpu_moe` layers from the front
+    keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
+    weights off (they trap on some virtual machines).
+    """
+
+    model_path: str
+    type_k: str
+    type_v: str
+    n_ctx: int
+    n_seq_max: int
+    n_batch: int
+    n_ubatch: int
+    n_gpu_layers: int
+    n_cpu_moe: int
+    flash_attn: bool
+    n_threads: int
+    n_threads_batch: int
+    tensor_split: tuple[float, ...] = ()
+    extra_buffers: bool = True
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are drawn. Field names and meanings are llama.cpp's and the OpenAI API's.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `seed` None draws one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation, text only."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
+    """Messages for the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    template_kwargs: dict[str, bool | int | float | str] = {}
+    continue_final: bool = False
+
+
+class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
+    """A raw prompt; special tokens in the text are read as text."""
+
+    text: str
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
+    """A prompt given as token ids."""
+
+    tokens: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+class Generate(Message):
+    """Answer one prompt.
+
+    `max_tokens` None goes on to the end of the context. `resume` are the tokens that an earlier
+    worker already generated for this request: their text was delivered and is not sent again.
+    """
+
+    id: int
+    prompt: Prompt
+    sampling: Sampling
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    resume: tuple[int, ...] = ()
+
+
+class Cancel(Message):
+    """Forget a request; no answer follows."""
+
+    id: int
+
+
+class Pause(Message):
+    """Stop after the current step, answer `Paused`, and generate no more."""
+
+
+class Shutdown(Message):
+    """Exit with status 0."""
+
+
+ToWorker = Load | Generate | Cancel | Pause | Shutdown
+
+
+class Hello(Message):
+    """First frame: the worker runs and has imported its engine."""
+
+    pid: int
+    engine: str
+    engine_version: str
+    system_info: str
+
+
+class Progress(Message):
+    """Share of the weights that is loaded, 0 to 1."""
+
+    fraction: float
+
+
+class MemoryReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the engine says it allocated, by its own log lines; bytes on all devices together."""
+
+    kv_bytes: int = 0
+    recurrent_bytes: int = 0
+    compute_bytes: int = 0
+    output_bytes: int = 0
+    weights_bytes: int = 0
+
+
+class Loaded(Message):
+    """The model answers. `template` says where the chat template comes from."""
+
+    n_ctx: int
+    n_ctx_train: int
+    n_vocab: int
+    memory: MemoryReport
+    template: str
+    load_seconds: float
+    flash_attn: bool = True
+
+
+class LoadFailed(Message):
+    """The engine refused. `out_of_memory` tells a plan that was too big from a bad file."""
+
+    message: str
+    out_of_memory: bool = False
+
+
+class Started(Message):
+    """A request was tokenized and has its place in the batch."""
+
+    id: int
+    n_prompt_tokens: int
+
+
+class NeedsContext(Message):
+    """A prompt has `n_tokens` tokens and does not fit the context. Ends the request here."""
+
+    id: int
+    n_tokens: int
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """New text of one request. `tokens` are all ids drawn since the last delta, also those whose
+    text is still held back (a split character, the beginning of a stop string)."""
+
+    id: int
+    text: str
+    tokens: tuple[int, ...]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class End(msgspec.Struct, frozen=True, array_like=True):
+    """A request is complete. Its last delta came in the same or an earlier step."""
+
+    id: int
+    reason: FinishReason
+    n_prompt_tokens: int
+    n_generated_tokens: int
+    n_cached_tokens: int = 0
+    stop_text: str | None = None
+
+
+class Step(Message):
+    """One decode step: the new text of all sequences, and which of them ended.
+
+    Sent also for a step that only prefills, as a sign of life."""
+
+    deltas: tuple[Delta, ...] = ()
+    ends: tuple[End, ...] = ()
+    n_prefilled: int = 0
+    n_cells_used: int = 0
+
+
+class Failed(Message):
+    """A request cannot be answered; `code` is an `errors` code."""
+
+    id: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Paused(Message):
+    """No step runs any more; everything generated was sent before this frame."""
+
+
+FromWorker = (
+    Hello | Progress | Loaded | LoadFailed | Started | NeedsContext | Step | Failed | Paused
+)
