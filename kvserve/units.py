@@ -40,7 +40,7 @@ def parse_bytes(text: str) -> int:
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size: write it as 7.6GiB, 512MiB or a number of bytes")
     whole, _, fraction = match[1].partition(".")
-    scale = 10 ** len(fraction)
+    scale = int("1" + "0" * len(fraction))
     size_bytes = int(whole + fraction) * factor // scale
     if size_bytes > _LARGEST:
         raise ValueError(f"{text!r} is more than any machine holds")
@@ -48,7 +48,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Print bytes for people: `7.60 GiB`, `939 MiB`, `12 KiB`, `0 B`; negative sizes keep their sign."""
+    """Print bytes for people: `7.60 GiB`, `939 MiB`, `12 KiB`, `0 B`, `-1 MiB`."""
     magnitude = abs(size_bytes)
     if magnitude >= GIB:
         return f"{size_bytes / GIB:.2f} GiB"

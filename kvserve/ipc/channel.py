@@ -66,9 +66,10 @@ class DaemonChannel:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
         try:
-            return _from_worker.decode(body)
+            message: FromWorker = _from_worker.decode(body)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"the worker sent an unreadable frame: {error}") from error
+        return message
 
     def close(self) -> None:
         """Close the socket: the worker reads end of file and exits."""
@@ -103,6 +104,7 @@ class WorkerChannel:
         if len(body) < length:
             return None
         try:
-            return _to_worker.decode(body)
+            message: ToWorker = _to_worker.decode(body)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"the daemon sent an unreadable frame: {error}") from error
+        return message

@@ -14,7 +14,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """Base of all messages; the class name is the tag."""
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Load the model and create the context. First message of a worker's life.
 
     `n_gpu_layers` counts the output layer, as llama.cpp does; `n_cpu_moe` layers from the front
@@ -88,7 +88,7 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Answer one prompt.
 
     `max_tokens` None goes on to the end of the context. `resume` are the tokens that an earlier
@@ -105,24 +105,24 @@ class Generate(Message):
     resume: tuple[int, ...] = ()
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Forget a request; no answer follows."""
 
     id: int
 
 
-class Pause(Message):
+class Pause(Message, frozen=True):
     """Stop after the current step, answer `Paused`, and generate no more."""
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Exit with status 0."""
 
 
 ToWorker = Load | Generate | Cancel | Pause | Shutdown
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First frame: the worker runs and has imported its engine."""
 
     pid: int
@@ -131,7 +131,7 @@ class Hello(Message):
     system_info: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Share of the weights that is loaded, 0 to 1."""
 
     fraction: float
@@ -147,7 +147,7 @@ class MemoryReport(msgspec.Struct, frozen=True, omit_defaults=True):
     weights_bytes: int = 0
 
 
-class Loaded(Message):
+class Loaded(Message, frozen=True):
     """The model answers. `template` says where the chat template comes from."""
 
     n_ctx: int
@@ -159,21 +159,21 @@ class Loaded(Message):
     flash_attn: bool = True
 
 
-class LoadFailed(Message):
+class LoadFailed(Message, frozen=True):
     """The engine refused. `out_of_memory` tells a plan that was too big from a bad file."""
 
     message: str
     out_of_memory: bool = False
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """A request was tokenized and has its place in the batch."""
 
     id: int
     n_prompt_tokens: int
 
 
-class NeedsContext(Message):
+class NeedsContext(Message, frozen=True):
     """A prompt has `n_tokens` tokens and does not fit the context. Ends the request here."""
 
     id: int
@@ -203,7 +203,7 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     stop_text: str | None = None
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """One decode step: the new text of all sequences, and which of them ended.
 
     Sent also for a step that only prefills, as a sign of life."""
@@ -214,7 +214,7 @@ class Step(Message):
     n_cells_used: int = 0
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """A request cannot be answered; `code` is an `errors` code."""
 
     id: int
@@ -223,7 +223,7 @@ class Failed(Message):
     param: str | None = None
 
 
-class Paused(Message):
+class Paused(Message, frozen=True):
     """No step runs any more; everything generated was sent before this frame."""
 
 

@@ -1,0 +1,176 @@
+"""The settings: each with its name, default, meaning and check."""
+
+from ipaddress import ip_address
+from typing import Annotated, Literal
+
+import platformdirs
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from kvserve.core.machine import Backend, Host, Machine
+from kvserve.core.plan import Request
+from kvserve.errors import UsageError
+from kvserve.settings import values
+
+
+class Settings(BaseModel):
+    """All settings, checked. `load_settings` makes them; the fields' descriptions are the docs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: values.TextOrNone = Field(
+        None, description="Path of a GGUF file (the first one of a split model), or `demo`."
+    )
+    ctx: values.Context = Field(
+        8192,
+        description="Longest single request in tokens, prompt and answer together, as `8192` or "
+        "`32K`; `max` takes the longest that fits.",
+    )
+    parallel: Annotated[int, BeforeValidator(values.whole(1, 256))] = Field(
+        4, description="Requests that run at the same time, 1 to 256."
+    )
+    cache_type: values.PairOrAuto = Field(
+        "auto",
+        description="KV-cache types: `auto` chooses, `q8_0` fixes both, `q8_0:q4_0` fixes K and V.",
+    )
+    kv_floor: values.PairOrNone = Field(
+        None, description="The worst KV types that may be chosen, as `q8_0` or `q8_0:q4_0`."
+    )
+    task: values.TaskOrNone = Field(
+        None,
+        description="What the context is for, which sets a floor: `math`, `code`, `retrieval`, "
+        "`rag`, `chat`, `summarize`, `classify`, `tools`.",
+    )
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], BeforeValidator(values.choice("auto", "cpu", "cuda"))
+    ] = Field("auto", description="Where layers run: `auto` takes the GPU if there is one.")
+    gpu_layers: values.Layers = Field(
+        "auto", description="Layers on the GPU, the output layer counted as one; 0 for none."
+    )
+    max_ctx: values.ContextLimit = Field(
+        None, description="The context never grows beyond this many tokens."
+    )
+    threads: values.Threads = Field(
+        "auto", description="CPU threads; `auto` takes the physical cores that are allowed."
+    )
+    batch: Annotated[int, BeforeValidator(values.whole(1, 65536))] = Field(
+        512, description="Most tokens handed to llama.cpp in one step."
+    )
+    ubatch: Annotated[int, BeforeValidator(values.whole(1, 65536))] = Field(
+        512,
+        description="Most tokens computed at once; more is faster prefill and more memory. "
+        "Never above `batch`.",
+    )
+    reserve: values.Reserve = Field(
+        "auto",
+        description="Memory left free on the device, as `256MiB` or `3%` of its total; `auto` is "
+        "3 % or 256 MiB, whichever is more.",
+    )
+    vram_free: values.SizeOrNone = Field(
+        None,
+        description="Plan as if this much GPU memory were free, as `7.6GiB` (`kvserve plan` only).",
+    )
+    host: values.Text = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, BeforeValidator(values.whole(0, 65535))] = Field(
+        8000, description="Port to listen on; 0 takes any free one."
+    )
+    api_key: values.Keys = Field(
+        (), description="Keys that clients must send one of; several with commas, or a TOML list."
+    )
+    insecure: values.Switch = Field(
+        False, description="Allow an address that other machines reach without an API key."
+    )
+    queue_limit: Annotated[int, BeforeValidator(values.whole(1, 1_000_000))] = Field(
+        256, description="Requests that may wait; one more is answered 429."
+    )
+    request_timeout: values.SecondsOrNone = Field(
+        600.0, description="Time that a request may take in total; 0 or `none` for no limit."
+    )
+    drain_timeout: values.Seconds = Field(
+        30.0,
+        description="How long a reload waits for running requests before it pauses them.",
+    )
+    load_timeout: values.PositiveSeconds = Field(
+        600.0, description="How long a model may take to load before the worker is ended."
+    )
+    step_timeout: values.PositiveSeconds = Field(
+        120.0, description="A worker that has work and is silent this long is killed."
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(values.choice("debug", "info", "warning", "error")),
+    ] = Field("info", description="Least severe messages that are logged.")
+    log_format: Annotated[
+        Literal["auto", "console", "json"],
+        BeforeValidator(values.choice("auto", "console", "json")),
+    ] = Field("auto", description="Form of the log on stderr; `auto` is `console` on a terminal.")
+    state_dir: values.AnyPath = Field(
+        default_factory=lambda: platformdirs.user_state_path("kvserve"),
+        description="Where the log file lies, and what a running daemon leaves for `kvserve status` "
+        "and the other commands.",
+    )
+    config: values.PathOrNone = Field(
+        None,
+        description="The TOML file to read; without one, `config.toml` in the user's "
+        "configuration directory for kvserve, if it exists.",
+    )
+    profile: values.TextOrNone = Field(
+        None, description="The `[profiles.NAME]` table that overrides the file's top level."
+    )
+
+    @field_validator("max_ctx")
+    @classmethod
+    def _not_below_ctx(cls, value: int | None, info: ValidationInfo) -> int | None:
+        ctx = info.data.get("ctx")
+        if value is not None and isinstance(ctx, int) and value < ctx:
+            raise ValueError(f"{value} is below the context of {ctx}: raise it, or lower ctx")
+        return value
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys in clear, for the comparison with what a client sends."""
+        return tuple(key.get_secret_value() for key in self.api_key)
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines can reach `host`; a name other than localhost counts as yes."""
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    def check_exposure(self) -> None:
+        """Raise UsageError where anybody on the network could use the server without a key."""
+        if self.exposed and not self.api_key and not self.insecure:
+            raise UsageError(
+                f"--host {self.host} lets other machines in without a key: "
+                "add --api-key KEY, or --insecure if that is meant",
+                param="host",
+            )
+
+    def n_threads(self, host: Host) -> int:
+        """Return the CPU threads to use on this host."""
+        return host.n_cores if self.threads == "auto" else self.threads
+
+    def to_request(self, machine: Machine) -> Request:
+        """Return what the selector is asked; a reserve in percent is taken of `machine`'s memory.
+
+        That is all GPUs together, or the host where the layers run there.
+        """
+        reserve_bytes = None if isinstance(self.reserve, str) else self.reserve
+        if isinstance(reserve_bytes, values.Percent):
+            on_gpu = machine.gpus and self.device != "cpu"
+            total_bytes = sum(gpu.total_bytes for gpu in machine.gpus)
+            reserve_bytes = reserve_bytes.of(total_bytes if on_gpu else machine.host.total_bytes)
+        return Request(
+            n_ctx=None if self.ctx == "max" else self.ctx,
+            n_parallel=self.parallel,
+            backend=None if self.device == "auto" else Backend(self.device),
+            pair=None if self.cache_type == "auto" else self.cache_type,
+            floor=self.kv_floor,
+            task=self.task,
+            n_gpu_layers=None if self.gpu_layers == "auto" else self.gpu_layers,
+            n_batch=self.batch,
+            n_ubatch=min(self.ubatch, self.batch),
+            reserve_bytes=reserve_bytes,
+        )

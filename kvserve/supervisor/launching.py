@@ -1,0 +1,78 @@
+"""What the supervisor needs to start workers: its policy, and who spawns, plans and weighs."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvserve.core.plan import Launch, Plan
+from kvserve.ipc.messages import Load, Loaded
+from kvserve.supervisor.states import Attempt, Worker
+from kvserve.supervisor.status import Measured
+
+
+class Spawner(Protocol):
+    """Starts worker processes."""
+
+    async def spawn(self, launch: Launch) -> Worker:
+        """A new worker. Raises WorkerFailed."""
+        ...
+
+
+class Planner(Protocol):
+    """Reads the machine and decides."""
+
+    async def plan(
+        self, n_ctx: int | None, *, returning_bytes: int = 0, n_out_of_memory: int = 0
+    ) -> Plan:
+        """Decide against fresh free memory plus `returning_bytes` that a leaving worker gives
+        back; each out-of-memory seen at load raises the reserve. Raises DoesNotFit, UsageError."""
+        ...
+
+    async def wait_for_room(self, plan: Plan) -> bool:
+        """Poll the device until the plan's memory is free; False where it stays taken."""
+        ...
+
+    async def weigh(self, plan: Plan, loaded: Loaded, pid: int) -> Measured:
+        """Read what the worker takes after a load, and learn from it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Limits, in seconds where not said otherwise; `request_timeout` None is no limit."""
+
+    model_path: str
+    model_identity: str
+    n_threads: int
+    queue_limit: int = 256
+    request_timeout: float | None = 600.0
+    drain_timeout: float = 30.0
+    load_timeout: float = 600.0
+    step_timeout: float = 120.0
+
+
+def load_message(attempt: Attempt, policy: Policy) -> Load:
+    """The first frame to a worker."""
+    launch = attempt.plan.chosen.launch
+    return Load(
+        model_path=policy.model_path,
+        type_k=launch.pair.k,
+        type_v=launch.pair.v,
+        n_ctx=launch.n_ctx,
+        n_seq_max=launch.n_parallel,
+        n_batch=launch.n_batch,
+        n_ubatch=launch.n_ubatch,
+        n_gpu_layers=launch.n_gpu_layers,
+        n_cpu_moe=launch.n_cpu_moe,
+        flash_attn=launch.flash_attn,
+        n_threads=policy.n_threads,
+        n_threads_batch=policy.n_threads,
+        tensor_split=launch.tensor_split,
+        extra_buffers=attempt.extra_buffers,
+    )
+
+
+def fingerprint(plan: Plan, policy: Policy) -> str:
+    """The OpenAI `system_fingerprint`: another one for another model, build or launch."""
+    facts = (policy.model_identity, plan.machine.build.version, plan.chosen.launch)
+    return "kvs-" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

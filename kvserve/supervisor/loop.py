@@ -1,0 +1,582 @@
+"""The supervisor: one task that owns the state, and tells workers and callers what follows.
+
+Everybody else posts events. Slow work (spawning, planning, reading devices) runs beside the loop
+and comes back as an event.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+
+import structlog
+
+from kvserve.core.lifecycle import Event, Phase, advance
+from kvserve.core.plan import Plan
+from kvserve.errors import KvserveError, NotReady, ReloadInProgress, WorkerFailed
+from kvserve.ipc.messages import (
+    Failed,
+    FromWorker,
+    Hello,
+    Loaded,
+    LoadFailed,
+    NeedsContext,
+    Pause,
+    Paused,
+    Progress,
+    Shutdown,
+    Started,
+    Step,
+)
+from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
+from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
+from kvserve.supervisor.recovery import (
+    Failure,
+    GiveUp,
+    after_failure,
+    load_failure,
+    same_plan_differently,
+)
+from kvserve.supervisor.requests import Requests
+from kvserve.supervisor.states import (
+    Attempt,
+    Cancelled,
+    Change,
+    ChangeAsked,
+    ChangePlanned,
+    Draining,
+    Ended,
+    Exit,
+    Failing,
+    Heard,
+    Idle,
+    Leaving,
+    Loading,
+    NotSpawned,
+    Serving,
+    Spawned,
+    State,
+    StopAsked,
+    Stopped,
+    Stopping,
+    Submitted,
+    SupervisorEvent,
+    Tick,
+    Weighed,
+    Worker,
+    attempt_of,
+    plan_of,
+    worker_of,
+)
+from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
+
+log = structlog.get_logger(__name__)
+
+TICK_SECONDS = 0.25
+PAUSE_SECONDS = 10.0
+LEAVE_SECONDS = 10.0
+STOP_GRACE_SECONDS = 5.0
+STOP_KILL_SECONDS = 7.5
+KEPT_RELOADS = 50
+
+
+class Supervisor:
+    """Owns the state. Create it inside the event loop, then await `run()` in a task of its own."""
+
+    def __init__(
+        self,
+        first: Plan,
+        policy: Policy,
+        spawner: Spawner,
+        planner: Planner,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._policy = policy
+        self._spawner = spawner
+        self._planner = planner
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._events: asyncio.Queue[SupervisorEvent] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._requests = Requests(policy.queue_limit)
+        self._state: State = Idle(Attempt(first, "start"), start_at=clock())
+        self._measured: Measured | None = None
+        self._reloads: list[ReloadRecord] = []
+        self._planning = False
+        self._streak = 0
+        self._answered_at_load = 0
+        self._heard_at = clock()
+        self._began_at = wall_clock()
+        self._started_at = wall_clock()
+        self._n_deaths = 0
+        self._engine: str | None = None
+        loop = asyncio.get_running_loop()
+        self.first_ready: asyncio.Future[None] = loop.create_future()
+        self.stopped: asyncio.Future[None] = loop.create_future()
+
+    # What callers use: supervisor.service.Service.
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker serves and no reload is under way."""
+        return self._state.phase is Phase.SERVING
+
+    def submit(self, spec: GenerationSpec) -> Ticket:
+        """Put a request in line."""
+        ticket = Ticket(next(self._ids), lambda request_id: self.post(Cancelled(request_id)))
+        now = self._clock()
+        limit = self._policy.request_timeout
+        deadline = None if limit is None else now + limit
+        self.post(Submitted(Job(ticket.id, spec, ticket, submitted_at=now, deadline=deadline)))
+        return ticket
+
+    async def plan(self, n_ctx: int | None) -> Plan:
+        """What would be chosen now; the running worker's memory counts as free."""
+        return await self._planner.plan(n_ctx, returning_bytes=self._returning_bytes())
+
+    async def change_context(self, n_ctx: int | None) -> ReloadOutcome:
+        """Plan for another context, and reload where the plan differs."""
+        answer: asyncio.Future[ReloadOutcome] = asyncio.get_running_loop().create_future()
+        self.post(ChangeAsked(n_ctx, answer))
+        return await answer
+
+    async def stop(self) -> None:
+        """End the worker and the loop."""
+        self.post(StopAsked())
+        await asyncio.shield(self.stopped)
+
+    def status(self) -> Status:
+        """The state at this moment."""
+        state = self._state
+        loaded = state.loaded if isinstance(state, Serving | Draining) else None
+        failing = state if isinstance(state, Failing) else None
+        worker = worker_of(state)
+        return Status(
+            phase=state.phase,
+            plan=plan_of(state),
+            measured=self._measured if loaded else None,
+            load_fraction=state.fraction if isinstance(state, Loading) else None,
+            template=loaded.template if loaded else None,
+            engine=self._engine,
+            worker_pid=worker.pid if worker else None,
+            n_waiting=len(self._requests.line),
+            n_running=len(self._requests.running),
+            n_answered=self._requests.n_answered,
+            n_failed=self._requests.n_failed,
+            n_worker_deaths=self._n_deaths,
+            n_cells_used=self._requests.n_cells_used if loaded else 0,
+            error=failing.error.message if failing else None,
+            retry_at=self._wall_clock() + failing.retry_at - self._clock() if failing else None,
+            reloads=tuple(self._reloads),
+            started_at=self._started_at,
+        )
+
+    # The loop.
+
+    def post(self, event: SupervisorEvent) -> None:
+        """Tell the loop something; from the event loop's thread only."""
+        self._events.put_nowait(event)
+
+    async def run(self) -> None:
+        """Handle events until stopped. Whatever happens, no worker and no waiting caller stays."""
+        ticking = asyncio.create_task(self._tick())
+        try:
+            while not isinstance(self._state, Stopped):
+                self.handle(await self._events.get())
+        finally:
+            ticking.cancel()
+            for task in self._tasks:
+                task.cancel()
+            if (worker := worker_of(self._state)) is not None:
+                worker.kill()
+            self._requests.fail_all(NotReady("the server is shutting down"))
+            if not self.stopped.done():
+                self.stopped.set_result(None)
+
+    def handle(self, event: SupervisorEvent) -> None:
+        """Take one event to its consequences; events of a worker that was replaced are void."""
+        match event:
+            case Submitted(job):
+                self._on_submitted(job)
+            case Cancelled(request_id):
+                self._requests.cancel(request_id, self._answering_worker())
+            case Spawned(worker, plan):
+                self._on_spawned(worker, plan)
+            case NotSpawned(error):
+                if isinstance(self._state, Idle):
+                    self._on_attempt_failed(self._state.attempt, Failure(error.message, error))
+            case Heard(worker, message) if worker is worker_of(self._state):
+                self._on_heard(worker, message)
+            case Ended(worker, exit_) if worker is worker_of(self._state):
+                self._on_ended(exit_)
+            case Weighed(worker, measured) if worker is worker_of(self._state):
+                self._measured = measured
+            case ChangeAsked(n_ctx, answer):
+                self._on_change_asked(n_ctx, answer)
+            case ChangePlanned(change, result):
+                self._on_change_planned(change, result)
+            case StopAsked():
+                self._on_stop_asked()
+            case _:
+                pass
+        self._look_at_clock(self._clock())
+
+    def _move(self, event: Event, state: State) -> None:
+        """Enter another phase. An unlisted transition raises."""
+        if state.phase is not advance(self._state.phase, event):
+            raise AssertionError(f"{event} does not lead from {self._state.phase} to {state.phase}")
+        self._state = state
+
+    def _update(self, state: State) -> None:
+        """Replace the data of the present phase."""
+        if state.phase is not self._state.phase:
+            raise AssertionError(f"{state.phase} is not the present phase {self._state.phase}")
+        self._state = state
+
+    def _beside(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tick(self) -> None:
+        while True:
+            self.post(Tick())
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _look_at_clock(self, now: float) -> None:
+        """Whatever is due: deadlines, timeouts, and the next requests for an answering worker."""
+        self._requests.expire(now, self._answering_worker())
+        match self._state:
+            case Idle(attempt, start_at=float(start_at)) as idle if now >= start_at:
+                self._update(replace(idle, start_at=None))
+                self._began_at = self._wall_clock()
+                self._beside(self._spawn(attempt))
+            case Loading(worker, heard_at=heard_at):
+                if now - heard_at > self._policy.load_timeout:
+                    log.error("worker hangs while loading", pid=worker.pid)
+                    worker.kill()
+            case Serving(worker, attempt):
+                if not self._requests.running:
+                    self._heard_at = now
+                # Twice the batch: the next prompts are tokenized before a place is free.
+                self._requests.dispatch(worker, 2 * attempt.plan.chosen.launch.n_parallel)
+                self._kill_if_hung(worker, now)
+            case Draining() as draining:
+                self._drain(draining, now)
+            case Leaving(worker, kill_at=kill_at) if now >= kill_at:
+                worker.kill()
+            case Failing(attempt, retry_at=retry_at) if now >= retry_at:
+                self._move(Event.RETRY, Idle(attempt, start_at=now))
+                self._look_at_clock(now)
+            case Stopping() as stopping:
+                self._finish_stopping(stopping, now)
+            case _:
+                pass
+
+    def _kill_if_hung(self, worker: Worker, now: float) -> None:
+        if self._requests.running and now - self._heard_at > self._policy.step_timeout:
+            log.error("worker hangs", pid=worker.pid, silent_seconds=round(now - self._heard_at))
+            worker.kill()
+
+    def _answering_worker(self) -> Worker | None:
+        answering = isinstance(self._state, Serving | Draining | Stopping)
+        return worker_of(self._state) if answering else None
+
+    def _on_submitted(self, job: Job) -> None:
+        state = self._state
+        if isinstance(state, Failing):
+            wait = max(1.0, state.retry_at - self._clock())
+            job.ticket.put(NotReady(f"no worker: {state.error.message}", retry_after=wait))
+        elif isinstance(state, Stopping | Stopped):
+            job.ticket.put(NotReady("the server is shutting down"))
+        else:
+            self._requests.admit(job)
+
+    # A worker comes.
+
+    async def _spawn(self, attempt: Attempt) -> None:
+        plan = attempt.plan
+        try:
+            if attempt.replan or not await self._planner.wait_for_room(plan):
+                plan = await self._planner.plan(
+                    plan.request.n_ctx, n_out_of_memory=attempt.n_out_of_memory
+                )
+            worker = await self._spawner.spawn(plan.chosen.launch)
+        except KvserveError as error:
+            self.post(NotSpawned(error))
+            return
+        self.post(Spawned(worker, plan))
+        try:
+            while (message := await worker.receive()) is not None:
+                self.post(Heard(worker, message))
+            self.post(Ended(worker, await worker.wait()))
+        finally:
+            worker.kill()
+
+    def _on_spawned(self, worker: Worker, plan: Plan) -> None:
+        state = self._state
+        if not isinstance(state, Idle):  # stopped meanwhile
+            worker.kill()
+            return
+        now = self._clock()
+        attempt = replace(state.attempt, plan=plan)
+        self._measured = None
+        self._move(Event.SPAWN, Loading(worker, attempt, since=now, heard_at=now))
+        worker.send(load_message(attempt, self._policy))
+
+    def _on_heard(self, worker: Worker, message: FromWorker) -> None:
+        self._heard_at = self._clock()
+        match message, self._state:
+            case Hello(), _:
+                self._engine = f"{message.engine} {message.engine_version}"
+            case Progress(), Loading() as state:
+                self._update(replace(state, fraction=message.fraction, heard_at=self._heard_at))
+            case Loaded(), Loading() as state:
+                self._on_loaded(state, message)
+            case LoadFailed(), Loading() as state:
+                self._update(replace(state, failed=message))
+                worker.kill()
+            case Started(), Serving(attempt=attempt, loaded=loaded) | Draining(
+                attempt=attempt, loaded=loaded
+            ):
+                cache_type = str(attempt.plan.chosen.launch.pair)
+                mark = fingerprint(attempt.plan, self._policy)
+                self._requests.started(message, loaded.n_ctx, cache_type, mark)
+            case NeedsContext(), Serving(loaded=loaded) | Draining(loaded=loaded):
+                self._requests.too_long(message, loaded.n_ctx, loaded.n_ctx_train)
+            case Step(), _:
+                self._requests.step(message)
+            case Failed(), _:
+                self._requests.refused(message)
+            case Paused(), Draining() as state:
+                self._requests.worker_paused()
+                self._leave(state)
+            case _:
+                log.debug("frame out of place", frame=type(message).__name__)
+
+    def _on_loaded(self, state: Loading, message: Loaded) -> None:
+        attempt = state.attempt
+        self._move(Event.LOADED, Serving(state.worker, attempt, message))
+        self._answered_at_load = self._requests.n_answered
+        self._beside(self._weigh(state.worker, attempt.plan, message))
+        self._record(attempt, "done" if attempt.failure is None else "rolled_back")
+        launch = attempt.plan.chosen.launch
+        log.info(
+            "serving",
+            cache_type=str(launch.pair),
+            n_ctx=message.n_ctx,
+            n_gpu_layers=launch.n_gpu_layers,
+            load_seconds=round(message.load_seconds, 2),
+        )
+        if not self.first_ready.done():
+            self.first_ready.set_result(None)
+        if attempt.change is not None:
+            error = attempt.failure and WorkerFailed(
+                f"{attempt.failure}; went back to {launch.pair} at {message.n_ctx} tokens"
+            )
+            self._answer(attempt.change, error or attempt.plan)
+
+    async def _weigh(self, worker: Worker, plan: Plan, loaded: Loaded) -> None:
+        self.post(Weighed(worker, await self._planner.weigh(plan, loaded, worker.pid)))
+
+    # A worker goes.
+
+    def _on_ended(self, exit_: Exit) -> None:
+        match self._state:
+            case Loading() as state:
+                self._on_load_lost(state, exit_)
+            case Serving(attempt=attempt):
+                self._n_deaths += 1
+                log.error("worker died", cause=exit_.cause, last_words=exit_.last_words[-500:])
+                if self._requests.n_answered > self._answered_at_load:
+                    self._streak = 0
+                self._requests.worker_died(exit_.cause)
+                failure = Failure(f"the worker died: {exit_.cause}")
+                self._on_attempt_failed(replace(attempt, fallback=None, change=None), failure)
+            case Draining(following=following):
+                self._n_deaths += 1
+                self._requests.worker_died(exit_.cause)
+                self._move(Event.LOST, Idle(following, start_at=self._clock()))
+            case Leaving(following=following):
+                self._move(Event.LOST, Idle(following, start_at=self._clock()))
+            case Stopping():
+                self._move(Event.LOST, Stopped())
+            case _:
+                pass
+
+    def _on_load_lost(self, state: Loading, exit_: Exit) -> None:
+        failure = load_failure(state, exit_)
+        mended = same_plan_differently(state, exit_)
+        log.error("load failed", error=failure.message, mended=mended is not None)
+        if mended is not None:
+            self._move(Event.LOST, Idle(mended, start_at=self._clock()))
+        else:
+            self._on_attempt_failed(state.attempt, failure)
+
+    def _on_attempt_failed(self, attempt: Attempt, failure: Failure) -> None:
+        """From LOADING, SERVING or IDLE: on to the next try, or to FAILED."""
+        now = self._clock()
+        self._streak += 1
+        ever_ready = self.first_ready.done()
+        following = after_failure(attempt, failure, streak=self._streak, ever_ready=ever_ready)
+        given_up = isinstance(following, GiveUp)
+        start_at = None if isinstance(following, GiveUp) else now + following.delay
+        idle = Idle(following.attempt, start_at=start_at)
+        if isinstance(self._state, Idle):
+            self._update(idle)
+        else:
+            self._move(Event.LOST, idle)
+        if attempt.change is not None and following.attempt.change is None:
+            self._record(attempt, "failed", failure.message)
+            self._answer(attempt.change, failure.error or WorkerFailed(failure.message))
+        if isinstance(following, GiveUp):
+            error = following.error
+            log.error("giving up for now", error=error.message, retry_after=following.retry_after)
+            self._move(
+                Event.GIVE_UP, Failing(following.attempt, error, now + following.retry_after)
+            )
+            self._requests.fail_all(error)
+            self._streak = 0
+        if given_up and not self.first_ready.done():
+            self.first_ready.set_exception(failure.error or WorkerFailed(failure.message))
+
+    # A change of context.
+
+    def _on_change_asked(self, n_ctx: int | None, answer: asyncio.Future[ReloadOutcome]) -> None:
+        state = self._state
+        if self._planning or isinstance(state, Draining | Leaving):
+            error: KvserveError = ReloadInProgress(
+                "a reload is under way; try again", retry_after=5
+            )
+        elif isinstance(state, Serving | Failing):
+            self._planning = True
+            change = Change(answer, self._wall_clock(), previous=state.attempt.plan)
+            self._beside(self._plan_change(n_ctx, change))
+            return
+        elif isinstance(state, Stopping | Stopped):
+            error = NotReady("the server is shutting down")
+        else:
+            error = NotReady("the model is loading; try again", retry_after=5)
+        answer.set_exception(error)
+
+    async def _plan_change(self, n_ctx: int | None, change: Change) -> None:
+        try:
+            result: Plan | KvserveError = await self.plan(n_ctx)
+        except KvserveError as error:
+            result = error
+        self.post(ChangePlanned(change, result))
+
+    def _on_change_planned(self, change: Change, result: Plan | KvserveError) -> None:
+        self._planning = False
+        state = self._state
+        if isinstance(result, KvserveError):
+            self._answer(change, result)
+        elif isinstance(state, Serving):
+            attempt = state.attempt
+            if result.chosen.launch == attempt.plan.chosen.launch:
+                self._update(replace(state, attempt=replace(attempt, plan=result)))
+                self._answer(change, result)
+                return
+            following = Attempt(
+                plan=result,
+                reason="context",
+                extra_buffers=attempt.extra_buffers,
+                fallback=attempt.plan,
+                change=change,
+            )
+            pause_at = self._clock() + self._policy.drain_timeout
+            self._move(
+                Event.RELOAD,
+                Draining(state.worker, attempt, state.loaded, following, pause_at=pause_at),
+            )
+        elif isinstance(state, Failing):
+            attempt = replace(state.attempt, plan=result, replan=False, change=change)
+            self._move(Event.RETRY, Idle(attempt, start_at=self._clock()))
+        else:
+            self._answer(change, NotReady("the worker was lost meanwhile; try again"))
+
+    def _drain(self, state: Draining, now: float) -> None:
+        if not self._requests.running and state.kill_at is None:
+            self._leave(state)
+        elif state.kill_at is None and now >= state.pause_at:
+            state.worker.send(Pause())
+            self._update(replace(state, kill_at=now + PAUSE_SECONDS))
+        elif state.kill_at is not None and now >= state.kill_at:
+            state.worker.kill()
+        else:
+            self._kill_if_hung(state.worker, now)
+
+    def _leave(self, state: Draining) -> None:
+        state.worker.send(Shutdown())
+        kill_at = self._clock() + LEAVE_SECONDS
+        self._move(Event.DRAINED, Leaving(state.worker, state.following, kill_at=kill_at))
+
+    def _answer(self, change: Change, result: Plan | KvserveError) -> None:
+        if change.answer.done():  # the caller hung up
+            return
+        if isinstance(result, KvserveError):
+            change.answer.set_exception(result)
+            return
+        changed = result.chosen.launch != change.previous.chosen.launch
+        seconds = self._wall_clock() - change.started_at
+        change.answer.set_result(ReloadOutcome(result, changed=changed, seconds=seconds))
+
+    def _record(self, attempt: Attempt, outcome: str, detail: str | None = None) -> None:
+        change = attempt.change
+        before = change.previous.chosen.launch if change else None
+        launch = attempt.plan.chosen.launch
+        began_at = change.started_at if change else self._began_at
+        record = ReloadRecord(
+            reason=attempt.reason,
+            started_at=began_at,
+            seconds=self._wall_clock() - began_at,
+            outcome=outcome,
+            from_cache_type=str(before.pair) if before else None,
+            from_n_ctx=before.n_ctx if before else None,
+            to_cache_type=str(launch.pair),
+            to_n_ctx=launch.n_ctx,
+            detail=detail or attempt.failure,
+        )
+        self._reloads = [*self._reloads, record][-KEPT_RELOADS:]
+
+    def _returning_bytes(self) -> int:
+        """What the present worker's end would free; the prediction until it was measured."""
+        if self._measured is not None:
+            return self._measured.returning_bytes
+        state = self._state
+        if isinstance(state, Serving | Draining):
+            return state.attempt.plan.chosen.memory.total_bytes
+        return 0
+
+    # The end.
+
+    def _on_stop_asked(self) -> None:
+        state = self._state
+        now = self._clock()
+        if (attempt := attempt_of(state)) is not None and attempt.change is not None:
+            self._answer(attempt.change, NotReady("the server is shutting down"))
+        if isinstance(state, Idle | Failing):
+            self._move(Event.STOP, Stopped())
+        elif isinstance(state, Serving | Draining):
+            for job in self._requests.line.drain():
+                job.ticket.put(NotReady("the server is shutting down"))
+            shutdown_at = now + STOP_GRACE_SECONDS
+            self._move(
+                Event.STOP, Stopping(state.worker, shutdown_at, kill_at=now + STOP_KILL_SECONDS)
+            )
+        elif isinstance(state, Loading | Leaving):
+            state.worker.kill()
+            self._move(Event.STOP, Stopping(state.worker, None, kill_at=now + STOP_KILL_SECONDS))
+
+    def _finish_stopping(self, state: Stopping, now: float) -> None:
+        if state.shutdown_at is not None and (
+            now >= state.shutdown_at or not self._requests.running
+        ):
+            self._requests.fail_all(NotReady("the server is shutting down"))
+            state.worker.send(Shutdown())
+            self._update(replace(state, shutdown_at=None))
+        elif now >= state.kill_at:
+            state.worker.kill()

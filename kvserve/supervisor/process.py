@@ -1,0 +1,131 @@
+"""Spawning and ending a worker: a process in a group of its own, with one socket to the daemon.
+
+The worker's standard error is a file; its end is the process's last words.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from kvserve.core.machine import Backend
+from kvserve.core.plan import Launch
+from kvserve.errors import WorkerFailed
+from kvserve.ipc.channel import DaemonChannel, ProtocolError
+from kvserve.ipc.messages import FromWorker, ToWorker
+from kvserve.supervisor.states import Exit, Worker
+
+WORKER_ARGV = (sys.executable, "-m", "kvserve.worker")
+_LAST_WORDS_BYTES = 4096
+_LOG_LIMIT_BYTES = 8 * 2**20
+
+
+class ProcessWorker:
+    """A running worker process."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, channel: DaemonChannel, log: Path, log_from: int
+    ) -> None:
+        self._process = process
+        self._channel = channel
+        self._log = log
+        self._log_from = log_from
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a frame."""
+        self._channel.send(message)
+
+    async def receive(self) -> FromWorker | None:
+        """The next frame; a worker that sends nonsense is killed and reads as ended."""
+        try:
+            return await self._channel.receive()
+        except ProtocolError as error:
+            self._append_to_log(str(error))
+            self.kill()
+            return None
+
+    def kill(self) -> None:
+        """SIGKILL to the worker and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def wait(self) -> Exit:
+        """Wait for the end. What the worker left running in its group is killed."""
+        returncode = await self._process.wait()
+        self.kill()
+        self._channel.close()
+        return Exit(returncode=returncode, last_words=self._last_words())
+
+    def _last_words(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_from, end - _LAST_WORDS_BYTES))
+                return log.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def _append_to_log(self, line: str) -> None:
+        with contextlib.suppress(OSError), self._log.open("a") as log:
+            log.write(f"{line}\n")
+
+
+class ProcessSpawner:
+    """Starts worker processes. `argv` is the program; the socket's number is appended."""
+
+    def __init__(self, log: Path, argv: Sequence[str] = WORKER_ARGV) -> None:
+        self._log = log
+        self._argv = tuple(argv)
+
+    async def spawn(self, launch: Launch) -> Worker:
+        """Start a worker for a launch. Raises WorkerFailed where the system refuses."""
+        ours, theirs = socket.socketpair()
+        try:
+            with self._open_log() as log:
+                log_from = log.tell()
+                process = await asyncio.create_subprocess_exec(
+                    *self._argv,
+                    "--fd",
+                    str(theirs.fileno()),
+                    "--parent",
+                    str(os.getpid()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    env=_environment(launch),
+                )
+        except OSError as error:
+            ours.close()
+            raise WorkerFailed(f"no worker process could be started: {error}") from error
+        finally:
+            theirs.close()
+        return ProcessWorker(process, await DaemonChannel.open(ours), self._log, log_from)
+
+    def _open_log(self) -> BinaryIO:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._log.stat().st_size > _LOG_LIMIT_BYTES:
+                self._log.replace(self._log.with_suffix(self._log.suffix + ".1"))
+        return self._log.open("ab")
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    """The daemon's environment, with CUDA's device order made NVML's, and without GPUs for a
+    worker that uses none: a visible GPU costs a CUDA context before any load."""
+    environment = dict(os.environ)
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if launch.backend is Backend.CPU:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment

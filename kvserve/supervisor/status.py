@@ -1,0 +1,68 @@
+"""What the supervisor shows of itself: frozen snapshots for the API and the CLI."""
+
+from dataclasses import dataclass
+
+from kvserve.core.lifecycle import Phase
+from kvserve.core.plan import Plan
+from kvserve.ipc.messages import MemoryReport
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadRecord:
+    """One change of worker. Times are seconds since the epoch; `outcome` is done, unchanged,
+    rolled_back or failed; `from_cache_type` is None for the first load."""
+
+    reason: str
+    started_at: float
+    seconds: float
+    outcome: str
+    from_cache_type: str | None
+    from_n_ctx: int | None
+    to_cache_type: str
+    to_n_ctx: int
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the worker and the devices say after a load, beside the plan's prediction.
+
+    `device_bytes` is the worker's use of GPU memory by NVML (its resident memory without a GPU),
+    None where it cannot be known. `returning_bytes` will be free again when the worker leaves.
+    """
+
+    engine: MemoryReport
+    device_bytes: int | None
+    returning_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The daemon at one moment."""
+
+    phase: Phase
+    plan: Plan | None
+    measured: Measured | None
+    load_fraction: float | None
+    template: str | None
+    engine: str | None
+    worker_pid: int | None
+    n_waiting: int
+    n_running: int
+    n_answered: int
+    n_failed: int
+    n_worker_deaths: int
+    n_cells_used: int
+    error: str | None
+    retry_at: float | None
+    reloads: tuple[ReloadRecord, ...]
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadOutcome:
+    """The answer to a change of context: the plan in force and whether the worker changed."""
+
+    plan: Plan
+    changed: bool
+    seconds: float

@@ -1,0 +1,399 @@
+"""The only importer of llama_cpp: a typed layer over llama.cpp's C API (include/llama.h).
+
+Nothing here keeps state of requests. Calls are not thread-safe unless their docstring says so.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before numpy: the other order crashed inside llama_model_load on one machine.
+import llama_cpp.llama_cpp as ll  # isort: skip
+import llama_cpp  # isort: skip
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvserve.core.dtypes import KvType
+from kvserve.ipc.messages import Load
+from kvserve.worker.load_log import LoadLog
+
+VERSION: str = llama_cpp.__version__
+
+_GGML_TYPES = {
+    KvType.F32: ll.GGML_TYPE_F32,
+    KvType.F16: ll.GGML_TYPE_F16,
+    KvType.BF16: 30,  # ggml.h; the bindings leave it out
+    KvType.Q8_0: ll.GGML_TYPE_Q8_0,
+    KvType.Q5_1: ll.GGML_TYPE_Q5_1,
+    KvType.Q5_0: ll.GGML_TYPE_Q5_0,
+    KvType.Q4_1: ll.GGML_TYPE_Q4_1,
+    KvType.Q4_0: ll.GGML_TYPE_Q4_0,
+    KvType.IQ4_NL: ll.GGML_TYPE_IQ4_NL,
+}
+_NO_SLOT = 1
+_WARM_UP_TOKENS = 8
+_PIECE_BYTES = 64
+
+
+class LoadError(Exception):
+    """llama.cpp refused the model or the context; `message` is one line."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.out_of_memory = out_of_memory
+
+
+class CacheFull(Exception):
+    """The KV cache has no room for a batch; it is as it was before the call."""
+
+
+class DecodeError(Exception):
+    """A decode failed; the sequences of its batch must be cleared."""
+
+
+def start_backend(log: LoadLog) -> None:
+    """Send llama.cpp's log to `log` and initialise it; once for each process, before all else."""
+
+    def feed(level: int, text: bytes, _user_data: int) -> None:
+        log.feed(level, text.decode("utf-8", "replace"))
+
+    callback = ll.llama_log_callback(feed)
+    _kept_alive.append(callback)
+    ll.llama_log_set(callback, ctypes.c_void_p())
+    ll.llama_backend_init()
+
+
+_kept_alive: list[object] = []
+"""ctypes frees a callback that Python no longer refers to, while C still calls it."""
+
+
+def system_info() -> str:
+    """The build's CPU features, GPU backend and `FA_QUANTS`, in llama.cpp's words."""
+    info: bytes = ll.llama_print_system_info()
+    return info.decode("utf-8", "replace").strip()
+
+
+class Vocab:
+    """A model's tokens. All calls are thread-safe: llama.cpp only reads."""
+
+    def __init__(self, vocab: object) -> None:
+        self._vocab = vocab
+        self.n_tokens: int = ll.llama_vocab_n_tokens(vocab)
+        bos = ll.llama_vocab_bos(vocab)
+        self.bos: int | None = bos if 0 <= bos < self.n_tokens else None
+        self.adds_bos: bool = ll.llama_vocab_get_add_bos(vocab) and self.bos is not None
+        self._end_tokens: NDArray[np.int64] | None = None
+
+    @property
+    def bos_text(self) -> str:
+        """How templates write the token that begins a text; empty where there is none."""
+        return self._text(self.bos)
+
+    @property
+    def eos_text(self) -> str:
+        """How templates write the token that ends a text; empty where there is none."""
+        eos = ll.llama_vocab_eos(self._vocab)
+        return self._text(eos if 0 <= eos < self.n_tokens else None)
+
+    @property
+    def end_tokens(self) -> NDArray[np.int64]:
+        """All end-of-generation tokens; found at the first use, in about 0.1 s."""
+        if self._end_tokens is None:
+            self._end_tokens = np.array(
+                [token for token in range(self.n_tokens) if self.ends(token)], dtype=np.int64
+            )
+        return self._end_tokens
+
+    @property
+    def forbidden_tokens(self) -> NDArray[np.int64]:
+        """Tokens that the model's file says must never be drawn."""
+        n = ctypes.c_int32(0)
+        tokens = ll.llama_vocab_get_suppress_tokens(self._vocab, ctypes.pointer(n))
+        return np.array([tokens[i] for i in range(n.value)] if tokens else [], dtype=np.int64)
+
+    def ends(self, token: int) -> bool:
+        """Whether the model ends its answer with this token."""
+        return bool(ll.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
+        """Tokens of `text`. `add_special` adds BOS and EOS where the model's file says so,
+        `parse_special` reads special tokens that are written in the text."""
+        data = text.encode("utf-8", "replace")
+        tokens = np.empty(len(data) + 2, dtype=np.int32)
+        n = self._tokenize_into(tokens, data, add_special, parse_special)
+        if n < 0:
+            tokens = np.empty(-n, dtype=np.int32)
+            n = self._tokenize_into(tokens, data, add_special, parse_special)
+        return tokens[:n].copy()
+
+    def piece(self, token: int) -> bytes:
+        """The token's part of a text; empty for control tokens, maybe a part of a character."""
+        for size in (_PIECE_BYTES, 4096, 2**20):
+            buffer = ctypes.create_string_buffer(size)
+            n = ll.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+        return b""
+
+    def has(self, text: str) -> bool:
+        """Whether `text` is one special token."""
+        return len(self.tokenize(text, add_special=False, parse_special=True)) == 1
+
+    def _text(self, token: int | None) -> str:
+        if token is None:
+            return ""
+        return (ll.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
+
+    def _tokenize_into(
+        self, tokens: NDArray[np.int32], data: bytes, add_special: bool, parse_special: bool
+    ) -> int:
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(ll.llama_token))
+        n: int = ll.llama_tokenize(
+            self._vocab, data, len(data), pointer, len(tokens), add_special, parse_special
+        )
+        return n
+
+
+class Batch:
+    """Tokens for one decode, in arrays that llama.cpp reads in place.
+
+    Capacity `n_batch` tokens, each in one sequence.
+    """
+
+    def __init__(self, n_batch: int) -> None:
+        self.n_tokens = 0
+        self.outputs: list[int] = []
+        self._token = np.zeros(n_batch, dtype=np.int32)
+        self._pos = np.zeros(n_batch, dtype=np.int32)
+        self._slot = np.zeros(n_batch, dtype=np.int32)
+        self._n_slots = np.ones(n_batch, dtype=np.int32)
+        self._wanted = np.zeros(n_batch, dtype=np.int8)
+        starts = self._slot.ctypes.data + self._slot.itemsize * np.arange(n_batch)
+        self._slot_pointers = starts.astype(np.uintp)
+        int32 = ctypes.POINTER(ctypes.c_int32)
+        self.raw = ll.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int32),
+            pos=self._pos.ctypes.data_as(int32),
+            n_seq_id=self._n_slots.ctypes.data_as(int32),
+            seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(int32)),
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def clear(self) -> None:
+        """Empty the batch."""
+        self._wanted[: self.n_tokens] = 0
+        self.n_tokens = self.raw.n_tokens = 0
+        self.outputs.clear()
+
+    def add(self, tokens: NDArray[np.int32], start: int, slot: int, *, last: bool) -> None:
+        """Append `tokens` at positions `start` and on of sequence `slot`; `last` asks for the
+        logits of the final one, whose index is then appended to `outputs`."""
+        begin, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._token[begin:end] = tokens
+        self._pos[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
+        self._slot[begin:end] = slot
+        if last:
+            self._wanted[end - 1] = 1
+            self.outputs.append(end - 1)
+        self.n_tokens = self.raw.n_tokens = end
+
+
+class Chain:
+    """A llama.cpp sampler chain: top-k, typical, top-p, min-p, temperature, then a draw.
+
+    Values that switch a step off leave it out. Needs `temperature` above 0.
+    """
+
+    def __init__(
+        self, *, top_k: int, typical_p: float, top_p: float, min_p: float, temperature: float,
+        seed: int, n_drawn: int,
+    ) -> None:  # fmt: skip
+        self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
+        draw = ll.llama_sampler_init_dist(seed)
+        _skip_draws(draw, n_drawn)
+        if top_k > 0:
+            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_top_k(top_k))
+        if typical_p < 1:
+            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_typical(typical_p, 1))
+        if top_p < 1:
+            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_top_p(top_p, 1))
+        if min_p > 0:
+            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_min_p(min_p, 1))
+        ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_temp(temperature))
+        ll.llama_sampler_chain_add(self._chain, draw)
+
+    def sample(self, context: "Context", output: int) -> int:
+        """Draw from the logits of the batch's token `output`. Thread-safe for different chains,
+        once `Context.logits` was called for this batch; drops the GIL."""
+        token: int = ll.llama_sampler_sample(self._chain, context.raw, output)
+        return token
+
+    def __del__(self) -> None:
+        ll.llama_sampler_free(self._chain)
+
+
+def _skip_draws(draw: object, n_drawn: int) -> None:
+    """Bring a fresh generator to where `n_drawn` tokens leave it: `dist` takes one number for
+    each token, also where it has no choice (llama.cpp src/llama-sampler.cpp)."""
+    only = ll.llama_token_data(id=0, logit=0.0, p=0.0)
+    choice = ll.llama_token_data_array(data=ctypes.pointer(only), size=1, selected=0, sorted=True)
+    pointer = ctypes.byref(choice)
+    for _ in range(n_drawn):
+        ll.llama_sampler_apply(draw, pointer)
+
+
+class Context:
+    """One loaded model with its one context and KV cache, ready to decode.
+
+    Raises LoadError where the file, the settings or the memory will not do. `on_progress` gets
+    the share of the weights that is read, 0 to 1, some hundred times.
+    """
+
+    def __init__(self, load: Load, log: LoadLog, on_progress: Callable[[float], None]) -> None:
+        self._log = log
+        self._model = self._load_model(load, on_progress)
+        vocab = ll.llama_model_get_vocab(self._model)
+        if vocab is None:
+            raise LoadError("the model has no vocabulary")
+        self.vocab = Vocab(vocab)
+        self.raw = self._create_context(load)
+        memory = ll.llama_get_memory(self.raw)
+        if memory is None:
+            raise LoadError("the model keeps no KV cache: it makes embeddings, not text")
+        self._memory = memory
+        self.n_ctx: int = ll.llama_n_ctx(self.raw)
+        self.n_batch: int = ll.llama_n_batch(self.raw)
+        self.n_ctx_train: int = ll.llama_model_n_ctx_train(self._model)
+        self._warm_up()
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture` of the file, such as `gemma3`."""
+        buffer = ctypes.create_string_buffer(256)
+        n = ll.llama_model_meta_val_str(self._model, b"general.architecture", buffer, 256)
+        return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source that the file carries; untrusted."""
+        template = ll.llama_model_chat_template(self._model, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def decode(self, batch: Batch) -> None:
+        """Compute a batch. Raises CacheFull or DecodeError."""
+        status = ll.llama_decode(self.raw, batch.raw)
+        if status == _NO_SLOT:
+            raise CacheFull
+        if status != 0:
+            raise DecodeError(f"llama_decode returned {status}")
+
+    def logits(self, n_outputs: int) -> NDArray[np.float32]:
+        """Wait for the last decode; its logits as a view, shape (n_outputs, n_vocab), in batch
+        order. Writable: samplers read what is left there. Valid until the next decode."""
+        first = ll.llama_get_logits(self.raw)
+        address = ctypes.cast(first, ctypes.c_void_p).value
+        if address is None:
+            raise DecodeError("the decode left no logits")
+        rows = (ctypes.c_float * self.vocab.n_tokens * n_outputs).from_address(address)
+        view: NDArray[np.float32] = np.ctypeslib.as_array(rows)
+        return view
+
+    def clear_slot(self, slot: int) -> None:
+        """Free all cells of a sequence. Only ever whole sequences: sliding-window and recurrent
+        memories cannot give back a part."""
+        ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def _load_model(self, load: Load, on_progress: Callable[[float], None]) -> object:
+        if not Path(load.model_path).is_file():
+            raise LoadError(f"no model file at {load.model_path}")
+
+        def progress(fraction: float, _user_data: int) -> bool:
+            on_progress(fraction)
+            return True
+
+        params = ll.llama_model_default_params()
+        params.n_gpu_layers = load.n_gpu_layers
+        params.use_extra_bufts = load.extra_buffers
+        params.progress_callback = ll.llama_progress_callback(progress)
+        if load.tensor_split:
+            shares = (ctypes.c_float * max(ll.llama_max_devices(), len(load.tensor_split)))()
+            shares[: len(load.tensor_split)] = load.tensor_split
+            params.tensor_split = shares
+        if load.n_cpu_moe > 0:
+            overrides = _experts_on_host(load.n_cpu_moe)
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        model = ll.llama_model_load_from_file(os.fsencode(load.model_path), params)
+        if model is None:
+            raise self._failure("llama.cpp could not load the model")
+        if ll.llama_model_has_encoder(model) or not ll.llama_model_has_decoder(model):
+            raise LoadError("models with an encoder (T5 and the like) are not supported")
+        if ll.llama_model_is_diffusion(model):
+            raise LoadError("diffusion models are not supported")
+        return model
+
+    def _create_context(self, load: Load) -> object:
+        params = ll.llama_context_default_params()
+        params.n_ctx = load.n_ctx
+        params.n_seq_max = load.n_seq_max
+        # Each running sequence needs a place in every batch.
+        params.n_batch = max(load.n_batch, load.n_seq_max)
+        params.n_ubatch = load.n_ubatch
+        # Without this the compute buffer holds logits for every token of a micro-batch.
+        params.n_outputs_max = load.n_seq_max
+        params.n_outputs_max_per_seq = 1
+        params.n_threads = load.n_threads
+        params.n_threads_batch = load.n_threads_batch
+        params.type_k = _GGML_TYPES[KvType(load.type_k)]
+        params.type_v = _GGML_TYPES[KvType(load.type_v)]
+        params.flash_attn_type = (
+            ll.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if load.flash_attn
+            else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.kv_unified = True
+        params.offload_kqv = True
+        params.swa_full = False
+        params.no_perf = True
+        context = ll.llama_init_from_model(self._model, params)
+        if context is None:
+            raise self._failure("llama.cpp could not create the context")
+        return context
+
+    def _failure(self, fallback: str) -> LoadError:
+        message, out_of_memory = self._log.failure(fallback)
+        return LoadError(message, out_of_memory=out_of_memory)
+
+    def _warm_up(self) -> None:
+        """Decode a few tokens: a CPU build that does not suit the machine dies here, before
+        anyone waits for an answer. One token would miss the AMX kernels."""
+        n = min(_WARM_UP_TOKENS, self.n_batch, self.n_ctx)
+        batch = Batch(n)
+        batch.add(np.full(n, self.vocab.bos or 0, dtype=np.int32), 0, 0, last=True)
+        try:
+            self.decode(batch)
+            self.logits(1)
+        except (CacheFull, DecodeError) as error:
+            raise self._failure(f"the first decode failed: {error}") from error
+        ll.llama_memory_clear(self._memory, False)
+
+
+class _BufferOverride(ctypes.Structure):
+    """`llama_model_tensor_buft_override`; the bindings leave it out."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _experts_on_host(n_layers: int) -> "ctypes.Array[_BufferOverride]":
+    """Overrides that keep the routed experts of the first layers in host memory, as llama.cpp's
+    `--n-cpu-moe` does (common/common.h); ends with an empty one."""
+    host_buffer_type = ll._lib.ggml_backend_cpu_buffer_type
+    host_buffer_type.restype = ctypes.c_void_p
+    overrides = (_BufferOverride * (n_layers + 1))()
+    for layer in range(n_layers):
+        pattern = rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+        overrides[layer] = _BufferOverride(pattern.encode(), host_buffer_type())
+    return overrides
