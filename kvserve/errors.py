@@ -4,6 +4,7 @@ Each class fixes its `code` (the OpenAI `error.code`), its HTTP status, the Open
 and the process exit code; `api/errors.py` and `cli/` are the only places that translate.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -146,3 +147,31 @@ class ReloadInProgress(KvserveError):
 
     code = "reload_in_progress"
     http_status = 409
+
+
+def revive(
+    code: str,
+    message: str,
+    *,
+    param: str | None = None,
+    needed_bytes: int = 0,
+    free_bytes: int = 0,
+    options: tuple[str, ...] = (),
+) -> KvserveError:
+    """The error that another process told of by its code; KvserveError for an unknown one."""
+    if code == DoesNotFit.code:
+        return DoesNotFit(
+            message,
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+            options=options,
+            param=param,
+        )
+    by_code = {cls.code: cls for cls in _all_errors(KvserveError)}
+    return by_code.get(code, KvserveError)(message, param=param)
+
+
+def _all_errors(base: type[KvserveError]) -> Iterator[type[KvserveError]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _all_errors(cls)

@@ -80,9 +80,9 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
     host = _Sum(weights=shape.input_bytes)
     output_at = gpu if first_on_gpu <= shape.n_layer else host
     output_at.weights += shape.output_bytes
-    if output_at is host and shape.tied_embeddings:
-        # One tensor serves as input and output where both stay on the host.
-        host.weights -= _tied_bytes(shape)
+    if output_at is host:
+        # A tied tensor serves as input and output where both stay on the host.
+        host.weights -= shape.tied_bytes
     for layer in shape.layers:
         on_gpu = layer.index >= first_on_gpu
         place = gpu if on_gpu else host
@@ -200,10 +200,6 @@ def _first_gpu_layer(shape: ModelShape, launch: Launch) -> int:
 def _is_split(shape: ModelShape, launch: Launch) -> bool:
     on_gpu = launch.backend is Backend.CUDA and launch.n_gpu_layers > 0
     return on_gpu and (launch.n_gpu_layers <= shape.n_layer or launch.n_cpu_moe > 0)
-
-
-def _tied_bytes(shape: ModelShape) -> int:
-    return min(shape.input_bytes, shape.output_bytes)
 
 
 def _attention_width(shape: ModelShape) -> int:

@@ -94,7 +94,7 @@ def select(
         if may_split:
             split = list(_splits(shape, machine, device, request, allowed, n_ctx))
         if not any(c.fits for c in split):
-            raise _does_not_fit(shape, whole + split, allowed, n_ctx, device)
+            raise _does_not_fit(shape, whole, split, allowed, n_ctx, device)
         chosen = _best_split([c for c in split if c.fits])
     judged = [_judge(c, chosen, refused, split=False) for c in whole]
     judged += [_judge(c, chosen, refused, split=True) for c in split]
@@ -323,29 +323,35 @@ def _judge(
 
 def _does_not_fit(
     shape: ModelShape,
-    candidates: list[Candidate],
+    whole: list[Candidate],
+    split: list[Candidate],
     allowed: list[CachePair],
     n_ctx: int,
     device: _Device,
 ) -> DoesNotFit:
-    tried = [c for c in candidates if c.launch.pair in allowed]
+    tried = [c for c in whole if c.launch.pair in allowed]
     smallest = min(tried, key=lambda c: c.memory.total_bytes)
-    lengths: dict[int, str] = {}
-    for candidate in tried:
-        if candidate.max_ctx >= 256:
-            lengths.setdefault(candidate.max_ctx, str(candidate.launch.pair))
     options = tuple(
         f"--ctx {length} fits with {pair}"
-        for length, pair in sorted(lengths.items(), reverse=True)
-        if length < n_ctx
+        for length, pair in sorted(
+            {c.max_ctx: c.launch.pair for c in reversed(tried)}.items(), reverse=True
+        )
+        if 0 < length < n_ctx
     )
     where = "GPU memory" if device.backend is Backend.CUDA else "memory"
+    splitting = ""
+    if split:
+        host_bytes = min(c.host_memory.total_bytes for c in split)
+        splitting = (
+            f", and with fewer layers there the host would need {format_bytes(host_bytes)} of "
+            f"{format_bytes(device.host_free_bytes)}"
+        )
     nearest = f"; nearest: {options[0]}" if options else "; no context fits: use a smaller model"
     name = shape.name or shape.architecture
     return DoesNotFit(
         f"{name} with {n_ctx} tokens does not fit: {smallest.launch.pair} needs "
         f"{format_bytes(smallest.memory.total_bytes)} of {format_bytes(device.free_bytes)} free "
-        f"{where}{nearest}",
+        f"{where}{splitting}{nearest}",
         needed_bytes=smallest.memory.total_bytes,
         free_bytes=device.free_bytes,
         options=options,

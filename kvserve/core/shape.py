@@ -82,9 +82,14 @@ class ModelShape:
 
     @property
     def weights_bytes(self) -> int:
-        """All weights, as they lie in memory."""
+        """All weights, tied embeddings counted once."""
         blocks = sum(layer.weights_bytes for layer in self.layers)
-        return blocks + self.input_bytes + self.output_bytes
+        return blocks + self.input_bytes + self.output_bytes - self.tied_bytes
+
+    @property
+    def tied_bytes(self) -> int:
+        """What input and output share where they lie in the same memory."""
+        return min(self.input_bytes, self.output_bytes) if self.tied_embeddings else 0
 
     @property
     def expert_bytes(self) -> int:

@@ -15,12 +15,15 @@ at depth 0 on an H100, where 261 were measured."""
 
 
 def predict_tps(shape: ModelShape, launch: Launch, machine: Machine) -> float | None:
-    """Tokens/s of one stream with a full context; None where the GPU's bandwidth is unknown.
+    """Tokens/s of one stream with a full context; None where that cannot be told.
 
     Every weight in use and the whole cache are read once for each token. Dequantization costs
     nothing in this model, so the figure flatters quantized types on GPUs that are not bound by
-    bandwidth.
+    bandwidth. On the CPU it would be wrong altogether: only f16 has a fast path there
+    (ggml-cpu/ops.cpp), so nothing is said of the other types.
     """
+    if launch.backend is Backend.CPU and launch.pair.quantized:
+        return None
     if launch.backend is Backend.CPU:
         gpu_bandwidth: float | None = HOST_BANDWIDTH
     else:

@@ -4,13 +4,13 @@ Every request ends in exactly one `Done` or one error on its ticket. What a dead
 had generated is kept, and the next worker goes on from there.
 """
 
-from kvserve import errors
 from kvserve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     KvserveError,
     Overloaded,
     WorkerFailed,
+    revive,
 )
 from kvserve.ipc.messages import Cancel, End, Failed, NeedsContext, Started, Step
 from kvserve.supervisor.admission import Done, Job, Served, Text, WaitingLine
@@ -97,7 +97,7 @@ class Requests:
         """The worker cannot answer this one."""
         job = self.running.pop(message.id, None)
         if job is not None:
-            self._fail(job, _error_of(message))
+            self._fail(job, revive(message.code, message.message, param=message.param))
 
     def too_long(self, message: NeedsContext, n_ctx: int, n_ctx_train: int) -> None:
         """A prompt that the context cannot hold."""
@@ -157,18 +157,3 @@ class Requests:
     def _fail(self, job: Job, error: KvserveError) -> None:
         self.n_failed += 1
         job.ticket.put(error)
-
-
-def _classes() -> dict[str, type[KvserveError]]:
-    return {
-        cls.code: cls
-        for cls in vars(errors).values()
-        if isinstance(cls, type) and issubclass(cls, KvserveError) and cls is not errors.DoesNotFit
-    }
-
-
-_BY_CODE = _classes()
-
-
-def _error_of(message: Failed) -> KvserveError:
-    return _BY_CODE.get(message.code, KvserveError)(message.message, param=message.param)

@@ -1,0 +1,128 @@
+"""The command line: typer commands that hand over to one module each, loaded when called."""
+
+from typing import Annotated
+
+import typer
+
+from kvserve import __version__
+from kvserve.cli import flags
+from kvserve.cli.failing import explained
+
+app = typer.Typer(
+    name="kvserve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Serve a GGUF model with the longest context at the best KV precision that fits.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Serve a GGUF model with the longest context at the best KV precision that fits."""
+    if version:
+        print(f"kvserve {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@explained
+@flags.takes_settings(*flags.SHARED, "vram_free")
+def plan(*, config: flags.Config = None, as_json: flags.Json = False, **given: object) -> None:
+    """Print what `start` would choose, every candidate with its price, and start nothing."""
+    from kvserve.cli.planning import show_plan  # noqa: PLC0415
+
+    show_plan(given, config, as_json=as_json)
+
+
+@app.command()
+@explained
+@flags.takes_settings(
+    *flags.SHARED,
+    "max_ctx",
+    "host",
+    "port",
+    "threads",
+    "api_key",
+    "insecure",
+    "batch",
+    "ubatch",
+    "queue_limit",
+    "request_timeout",
+    "drain_timeout",
+    "load_timeout",
+    "step_timeout",
+    "log_level",
+    "log_format",
+)
+def start(
+    *,
+    config: flags.Config = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when it serves, and go on in the background.")
+    ] = False,
+    tell_fd: Annotated[int | None, typer.Option("--tell-fd", hidden=True)] = None,
+    **given: object,
+) -> None:
+    """Choose the KV cache, load the model, serve the OpenAI API."""
+    from kvserve.cli.starting import StartOptions, start  # noqa: PLC0415
+
+    start(given, StartOptions(config=config, detach=detach, tell_fd=tell_fd))
+
+
+@app.command()
+@explained
+def status(
+    *, port: flags.Port = None, state_dir: flags.StateDir = None, as_json: flags.Json = False
+) -> None:
+    """Show model, plan, memory predicted and measured, requests and past reloads."""
+    from kvserve.cli.control import show_status  # noqa: PLC0415
+
+    show_status(port, state_dir, as_json=as_json)
+
+
+@app.command()
+@explained
+def reload(
+    *,
+    ctx: Annotated[str, typer.Option("--ctx", "-c", metavar="N|max", help="The new context.")],
+    port: flags.Port = None,
+    state_dir: flags.StateDir = None,
+    as_json: flags.Json = False,
+) -> None:
+    """Plan for another context and change the worker where the plan differs."""
+    from kvserve.cli.control import reload  # noqa: PLC0415
+
+    reload(ctx, port, state_dir, as_json=as_json)
+
+
+@app.command()
+@explained
+def stop(*, port: flags.Port = None, state_dir: flags.StateDir = None) -> None:
+    """End the daemon and its worker."""
+    from kvserve.cli.control import stop  # noqa: PLC0415
+
+    stop(port, state_dir)
+
+
+@app.command()
+@explained
+def logs(
+    *,
+    port: flags.Port = None,
+    state_dir: flags.StateDir = None,
+    worker: Annotated[bool, typer.Option("--worker", help="llama.cpp's own messages.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+) -> None:
+    """Print the end of the log."""
+    from kvserve.cli.control import show_logs  # noqa: PLC0415
+
+    show_logs(port, state_dir, worker=worker, follow=follow)
+
+
+def main() -> None:
+    """The console script."""
+    app()

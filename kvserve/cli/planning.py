@@ -1,0 +1,41 @@
+"""`kvserve plan`: the decision, without starting anything."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from kvserve.api.documents import plan_document
+from kvserve.cli.models import open_model
+from kvserve.cli.tables import plan_text
+from kvserve.core.dtypes import LADDER
+from kvserve.core.machine import Backend, Build, Gpu, Machine
+from kvserve.core.plan import Plan
+from kvserve.core.selector import select
+from kvserve.core.shape import ModelShape
+from kvserve.device.host import read_host
+from kvserve.settings import Settings, load_settings
+from kvserve.supervisor.preparing import prepare
+
+
+def show_plan(flags: Mapping[str, object], config: Path | None, *, as_json: bool) -> None:
+    """Print what `start` would choose here, or on a GPU with `--vram-free` bytes free."""
+    settings = load_settings(flags, config=config)
+    model = open_model(settings)
+    if settings.vram_free is not None:
+        plan = _plan_elsewhere(settings, model.file.shape, settings.vram_free)
+    else:
+        plan = prepare(settings, model.file, model.id).plan
+    print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan))
+
+
+def _plan_elsewhere(settings: Settings, shape: ModelShape, free_bytes: int) -> Plan:
+    """For a machine that is like this one but for its GPU: one card with so much free, and a
+    build that has kernels for every pair of the ladder, as the image has."""
+    gpu = Gpu(index=0, uuid="", name="GPU", total_bytes=free_bytes, free_bytes=free_bytes)
+    build = Build(version="", cuda=True, kv_pairs=frozenset(LADDER))
+    machine = Machine(host=read_host(), gpus=(gpu,), build=build)
+    request = settings.to_request(machine)
+    if request.backend is None:
+        request = replace(request, backend=Backend.CUDA)
+    return select(shape, machine, request)

@@ -1,0 +1,115 @@
+"""A plan and a status as text for a terminal. Pure: values in, lines out."""
+
+from collections.abc import Sequence
+
+from kvserve.core.machine import Backend
+from kvserve.core.plan import Candidate, Plan
+from kvserve.core.shape import ModelShape
+from kvserve.units import GIB, format_bytes, format_gib
+
+_COLUMNS = (
+    "K:V",
+    "layers",
+    "weights",
+    "KV",
+    "compute",
+    "runtime",
+    "total",
+    "left",
+    "longest ctx",
+    "tok/s",
+)
+
+
+def plan_text(plan: Plan) -> str:
+    """The decision: the model, the machine, every candidate with its GiB, and why it lost."""
+    rows = [_row(candidate, plan.shape) for candidate in plan.candidates]
+    reasons = [candidate.reason for candidate in plan.candidates]
+    marks = ["*" if candidate == plan.chosen else " " for candidate in plan.candidates]
+    table = _aligned(_COLUMNS, rows)
+    lines = [model_line(plan.shape), machine_line(plan), "", f"  {table[0]}"]
+    lines += [
+        f"{mark} {line}  {reason}"
+        for mark, line, reason in zip(marks, table[1:], reasons, strict=True)
+    ]
+    lines += ["", chosen_line(plan)]
+    return "\n".join(lines)
+
+
+def model_line(shape: ModelShape) -> str:
+    """The model in one line."""
+    name = shape.name or shape.architecture
+    kind = f" {shape.quantization}" if shape.quantization else ""
+    return (
+        f"model    {name}{kind}: {shape.n_layer} layers, {format_bytes(shape.weights_bytes)} of "
+        f"weights, trained for {shape.n_ctx_train} tokens"
+    )
+
+
+def machine_line(plan: Plan) -> str:
+    """The memory that decides, in one line."""
+    chosen = plan.chosen
+    if chosen.launch.backend is Backend.CPU:
+        host = plan.machine.host
+        limit = " (cgroup limit)" if host.limited_by_cgroup else ""
+        kept = host.free_bytes - chosen.free_bytes
+        return (
+            f"memory   host: {format_bytes(host.free_bytes)} free of "
+            f"{format_bytes(host.total_bytes)}{limit}, {format_bytes(kept)} kept free"
+        )
+    free = sum(gpu.free_bytes for gpu in plan.machine.gpus)
+    total = sum(gpu.total_bytes for gpu in plan.machine.gpus)
+    names = ", ".join(gpu.name for gpu in plan.machine.gpus)
+    kept = free - chosen.free_bytes
+    return (
+        f"memory   {names}: {format_bytes(free)} free of {format_bytes(total)}, "
+        f"{format_bytes(kept)} kept free"
+    )
+
+
+def chosen_line(plan: Plan) -> str:
+    """The choice in one line."""
+    launch = plan.chosen.launch
+    layers = _layers(plan.chosen, plan.shape)
+    where = "on the CPU" if launch.backend is Backend.CPU else f"with {layers} layers on the GPU"
+    experts = f", the experts of {launch.n_cpu_moe} on the CPU" if launch.n_cpu_moe else ""
+    return (
+        f"chosen   KV cache {launch.pair} at {launch.n_ctx} tokens {where}{experts}: "
+        f"{format_bytes(plan.chosen.memory.total_bytes)}, "
+        f"{format_bytes(plan.chosen.headroom_bytes)} to spare"
+    )
+
+
+def _row(candidate: Candidate, shape: ModelShape) -> tuple[str, ...]:
+    memory = candidate.memory
+    tps = candidate.predicted_tps
+    return (
+        str(candidate.launch.pair),
+        _layers(candidate, shape),
+        format_gib(memory.weights_bytes),
+        format_gib(memory.kv_bytes + memory.recurrent_bytes),
+        format_gib(memory.compute_bytes + memory.output_bytes),
+        format_gib(memory.runtime_bytes),
+        format_gib(memory.total_bytes),
+        f"{candidate.headroom_bytes / GIB:+.2f}",
+        str(candidate.max_ctx) if candidate.max_ctx else "-",
+        f"~{tps:.0f}" if tps is not None else "?",
+    )
+
+
+def _layers(candidate: Candidate, shape: ModelShape) -> str:
+    if candidate.launch.backend is Backend.CPU:
+        return "CPU"
+    return f"{candidate.launch.n_gpu_layers}/{shape.n_layer + 1}"
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """First column to the left, the others to the right, each as wide as it must be."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([first, *rest])
+
+    return [line(header), *(line(row) for row in rows)]

@@ -1,0 +1,253 @@
+"""The wiring: settings and a model in, a served API out, in one process and one event loop."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import structlog
+import uvicorn
+
+from kvserve.api.app import create_app
+from kvserve.api.config import ApiConfig
+from kvserve.device.host import process_started_at
+from kvserve.errors import UsageError
+from kvserve.instance import Instance, InstancePaths, remove_instance, write_instance
+from kvserve.supervisor.launching import Policy
+from kvserve.supervisor.loop import Supervisor
+from kvserve.supervisor.preparing import Prepared
+from kvserve.supervisor.process import ProcessSpawner
+from kvserve.supervisor.status import Status
+
+log = structlog.get_logger(__name__)
+
+_BACKLOG = 1024
+_PROGRESS_SECONDS = 0.2
+_PORTS_TRIED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A daemon that listens: where, and with which instance record."""
+
+    sock: socket.socket
+    paths: InstancePaths
+    instance: Instance
+
+
+def listen(prepared: Prepared) -> Listening:
+    """Take the port, and leave the instance record for the other commands.
+
+    Raises UsageError where the address cannot be had, with a port that can.
+    """
+    settings = prepared.settings
+    sock = _bind(settings.host, settings.port)
+    port = sock.getsockname()[1]
+    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    instance = Instance(
+        pid=os.getpid(),
+        process_started_at=process_started_at(os.getpid()) or time.time(),
+        url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+        port=port,
+        model=prepared.model_id,
+        admin_token=secrets.token_urlsafe(32),
+    )
+    paths = InstancePaths(settings.state_dir, port)
+    write_instance(paths, instance)
+    return Listening(sock, paths, instance)
+
+
+async def serve(
+    prepared: Prepared,
+    listening: Listening,
+    on_progress: Callable[[Status], None],
+    on_ready: Callable[[Status], None],
+) -> None:
+    """Load the model, serve until a signal, end cleanly.
+
+    `on_progress` is told several times a second how far the load is, `on_ready` once. Raises the
+    KvserveError of a first load that failed.
+    """
+    settings = prepared.settings
+    policy = Policy(
+        model_path=str(prepared.model.path),
+        model_identity=prepared.model.identity,
+        n_threads=settings.n_threads(prepared.machine.host),
+        queue_limit=settings.queue_limit,
+        request_timeout=settings.request_timeout,
+        drain_timeout=settings.drain_timeout,
+        load_timeout=settings.load_timeout,
+        step_timeout=settings.step_timeout,
+    )
+    supervisor = Supervisor(
+        prepared.plan, policy, ProcessSpawner(listening.paths.worker_log), prepared.planner
+    )
+    server = _Server(_uvicorn_config(prepared, listening, supervisor))
+    running = asyncio.create_task(supervisor.run())
+    serving = asyncio.create_task(server.serve(sockets=[listening.sock]))
+    with _signals(supervisor):
+        try:
+            async with _reporting(supervisor, on_progress):
+                await asyncio.wait(
+                    {supervisor.first_ready, running}, return_when=asyncio.FIRST_COMPLETED
+                )
+            if supervisor.first_ready.done():
+                supervisor.first_ready.result()  # raises what the first load failed with
+                on_ready(supervisor.status())
+                await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await supervisor.stop()
+            server.should_exit = True
+            await serving
+            await running
+
+
+def run(
+    prepared: Prepared,
+    listening: Listening,
+    on_progress: Callable[[Status], None],
+    on_ready: Callable[[Status], None],
+) -> None:
+    """`serve` in an event loop of its own; the instance record goes when it ends."""
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(prepared, listening, on_progress, on_ready))
+    finally:
+        remove_instance(listening.paths, os.getpid())
+        listening.sock.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the supervisor must end first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(
+    prepared: Prepared, listening: Listening, supervisor: Supervisor
+) -> uvicorn.Config:
+    settings = prepared.settings
+    app = create_app(
+        supervisor,
+        ApiConfig(
+            model_id=prepared.model_id,
+            created=int(time.time()),
+            aliases=frozenset({prepared.model.path.stem, prepared.model.path.name}),
+            api_keys=settings.api_keys,
+            admin_token=listening.instance.admin_token,
+            local_only=not settings.exposed,
+        ),
+    )
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=2,
+    )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not there on every platform
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+@contextlib.contextmanager
+def _signals(supervisor: Supervisor) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGHUP end the supervisor; a second one does not hurry it."""
+    loop = asyncio.get_running_loop()
+    stopping: set[asyncio.Task[None]] = set()
+
+    def stop() -> None:
+        task = loop.create_task(supervisor.stop())
+        stopping.add(task)
+        task.add_done_callback(stopping.discard)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.asynccontextmanager
+async def _reporting(
+    supervisor: Supervisor, on_progress: Callable[[Status], None]
+) -> AsyncIterator[None]:
+    async def report() -> None:
+        while True:
+            on_progress(supervisor.status())
+            await asyncio.sleep(_PROGRESS_SECONDS)
+
+    task = asyncio.create_task(report())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return _listening_socket(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = _free_port_after(host, port)
+            hint = f"use --port {free}" if free else "use another --port"
+            raise UsageError(
+                f"port {port} on {host} is in use: {hint}, or `kvserve stop --port {port}` if it "
+                "is an old kvserve",
+                param="port",
+            ) from error
+        if error.errno == errno.EACCES:
+            raise UsageError(
+                f"port {port} may not be used without privileges: use --port 8000 or above",
+                param="port",
+            ) from error
+        raise UsageError(
+            f"--host {host} cannot be listened on ({error.strerror or error}): use 127.0.0.1 for "
+            "this machine alone or 0.0.0.0 for every network",
+            param="host",
+        ) from error
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _free_port_after(host: str, port: int) -> int | None:
+    for candidate in range(port + 1, min(port + _PORTS_TRIED, 65536)):
+        try:
+            _listening_socket(host, candidate).close()
+        except OSError:
+            continue
+        return candidate
+    return None

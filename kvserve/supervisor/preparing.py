@@ -1,0 +1,45 @@
+"""Everything that is read and decided before anything is started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvserve.core.machine import Machine
+from kvserve.core.plan import Plan
+from kvserve.gguf.model import ModelFile
+from kvserve.settings import Settings
+from kvserve.supervisor.building import read_build
+from kvserve.supervisor.calibration import Calibration
+from kvserve.supervisor.planning import MachinePlanner, Machines
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model, a machine and the decision; `planner` decides again when things change."""
+
+    settings: Settings
+    model: ModelFile
+    model_id: str
+    machine: Machine
+    planner: MachinePlanner
+    plan: Plan
+
+
+def prepare(settings: Settings, model: ModelFile, model_id: str) -> Prepared:
+    """Read the machine and decide. Raises DoesNotFit, UsageError, WorkerFailed."""
+    build = read_build(settings.state_dir / "build.json")
+    machines = Machines(build)
+    machine = machines.read()
+    request = settings.to_request(machine)
+    calibration = Calibration(settings.state_dir / "calibration.json")
+    planner = MachinePlanner(model.shape, request, machines, calibration)
+    plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
+    return Prepared(settings, model, model_id, machine, planner, plan)
+
+
+def model_id_of(model: ModelFile, path: Path) -> str:
+    """The name that clients call the model by: the file's stem, without a split's number."""
+    stem = path.stem
+    head, _, tail = stem.rpartition("-of-")
+    if head and tail.isdigit() and head[-6:-5] == "-" and head[-5:].isdigit():
+        return head[:-6]
+    return stem or model.shape.architecture
