@@ -14,6 +14,7 @@ _DIFFUSION = "is a text diffusion model, which keeps no KV cache: take another m
 _AUDIO = "is an audio decoder, not a chat model: take a chat model"
 _DRAFT = "is a draft model for speculative decoding: take the model it belongs to"
 _ENCODER_DECODER = "is an encoder-decoder model, which is not supported: take a chat model"
+_COMPRESSED = "keeps a compressed KV cache that cannot be planned for yet: take another model"
 
 REFUSED: Final[dict[str, str]] = {
     "bert": _EMBEDDING,
@@ -38,6 +39,7 @@ REFUSED: Final[dict[str, str]] = {
     "eagle3": _DRAFT,
     "dflash": _DRAFT,
     "gemma4-assistant": _DRAFT,
+    "deepseek4": _COMPRESSED,
     "clip": "is a vision projector (mmproj), not a chat model: take the model beside it",
     "controlvector": "is a control vector, not a model: take the model it belongs to",
 }
@@ -72,7 +74,6 @@ WINDOWS: Final[dict[str, WindowRule]] = {
     "afmoe": WindowRule(4),
     "cohere2": WindowRule(4),
     "cohere2moe": WindowRule(4, dense_first=True),
-    "deepseek4": WindowRule(0),
     "dots3note": WindowRule(None),
     "exaone-moe": WindowRule(4, default=128),
     "exaone4": WindowRule(4, default=4096, n_layer=64),
@@ -209,9 +210,6 @@ LAYERS_WITH_CACHE: Final[dict[str, int]] = {"gemma3n": 20}
 
 SHARES_CACHE_BY_FILE: Final[frozenset[str]] = frozenset({"gemma4"})
 """The last `attention.shared_kv_layers` layers reuse the cache of an earlier layer."""
-
-KEY_ONLY: Final[frozenset[str]] = frozenset({"deepseek4"})
-"""Architectures whose cache is keys only without the MLA metadata that says so."""
 
 NORM_AFTER_EMBEDDING_IS_OUTPUT: Final[frozenset[str]] = frozenset({"lfm2", "lfm2moe"})
 """Their `token_embd_norm` is the output norm under a wrong name (LLM_TENSOR_OUTPUT_NORM_LFM2)."""

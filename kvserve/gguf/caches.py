@@ -1,7 +1,7 @@
 """What each layer of a model keeps in memory, from its metadata.
 
 Follows llama_model_base::load_hparams, llama_hparams and llama_model::create_memory in llama.cpp's
-src/. DeepSeek-V4's compressed rows are counted as if they were not compressed: an upper bound.
+src/.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import Final
 from kvserve.core.shape import AttentionCache, RecurrentState
 from kvserve.gguf.architectures import (
     INDEXERS,
-    KEY_ONLY,
     LAYERS_WITH_CACHE,
     RECURRENT,
     SHARES_CACHE_BY_FILE,
@@ -125,12 +124,11 @@ def _attention(
     mla = metadata.natural(".attention.key_length_mla") and metadata.natural(
         ".attention.value_length_mla"
     )
-    key_only = mla or metadata.architecture in KEY_ONLY
     return AttentionCache(
         k_elements=k_head * n_head_kv + indexer[0],
-        v_elements=0 if key_only else v_head * n_head_kv + indexer[1],
+        v_elements=0 if mla else v_head * n_head_kv + indexer[1],
         k_head_size=k_head,
-        v_head_size=0 if key_only else v_head,
+        v_head_size=0 if mla else v_head,
         window=window,
     )
 
@@ -170,9 +168,6 @@ def _windows(metadata: Metadata, dims: Dimensions) -> tuple[int | None, ...]:
             for layer in range(dims.n_layer)
         ]
     sliding += [False] * (dims.n_layer_all - len(sliding))
-    if metadata.architecture in KEY_ONLY:
-        ratios = metadata.per_layer(".attention.compress_ratios", dims.n_layer_all) or ()
-        sliding = [not ratio for ratio in ratios]
     return tuple(window if slides else None for slides in sliding)
 
 

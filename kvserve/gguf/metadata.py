@@ -40,10 +40,10 @@ class Metadata:
         """Give a whole number of at least 1."""
         value = self.natural(key)
         if not value:
-            lacks = "0" if value == 0 else "no"
+            lacks = "a zero for" if value == 0 else "no"
             raise bad_file(
                 self.path,
-                f"has {lacks} {self._full(key)}: it is no complete model, {CONVERT_AGAIN}",
+                f"has {lacks} {shown(self._full(key))}: it is no complete model, {CONVERT_AGAIN}",
             )
         return value
 

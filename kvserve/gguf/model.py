@@ -1,6 +1,7 @@
 """A GGUF file on disk, turned into the shape that the planner works with."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from kvserve.gguf.architectures import REFUSED, REFUSED_FILE_TYPES
 from kvserve.gguf.caches import Dimensions, layer_caches, read_dimensions
 from kvserve.gguf.header import Header
 from kvserve.gguf.metadata import Metadata
-from kvserve.gguf.refusal import CONVERT_AGAIN, bad_file
+from kvserve.gguf.refusal import CONVERT_AGAIN, DOWNLOAD_AGAIN, bad_file, shown
 from kvserve.gguf.splits import read_parts
 from kvserve.gguf.tensor_types import FILE_TYPES
 from kvserve.gguf.weights import Weights, divide
 
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LONGEST_NAME = 128
 _NO_CHAT = (
     "cannot generate text from left to right (its attention is not causal): take a chat model"
 )
@@ -68,6 +71,11 @@ def _model_metadata(header: Header) -> Metadata:
         raise bad_file(
             header.path, f"does not name its architecture: it is no model, or {CONVERT_AGAIN}"
         )
+    if not _ARCHITECTURE.fullmatch(architecture):
+        raise bad_file(
+            header.path,
+            f"calls its architecture {shown(architecture)}, which is no name; {DOWNLOAD_AGAIN}",
+        )
     if architecture in REFUSED:
         raise bad_file(header.path, REFUSED[architecture])
     metadata = Metadata(header.path, architecture, header.values)
@@ -87,7 +95,7 @@ def _shape(
     )
     return ModelShape(
         architecture=metadata.architecture,
-        name=metadata.text("general.name") or None,
+        name=_name(metadata),
         quantization=_quantization(metadata),
         file_bytes=sum(header.file_bytes for header in headers),
         n_ctx_train=metadata.required(".context_length"),
@@ -105,6 +113,12 @@ def _shape(
         has_chat_template=has_chat_template,
         has_attention_sinks=weights.has_attention_sinks,
     )
+
+
+def _name(metadata: Metadata) -> str | None:
+    """Give the model's own name, fit for a terminal: it comes from an untrusted file."""
+    name = (metadata.text("general.name") or "")[:_LONGEST_NAME]
+    return "".join(char for char in name if char.isprintable()).strip() or None
 
 
 def _quantization(metadata: Metadata) -> str | None:

@@ -15,10 +15,8 @@ def bad_file(path: Path, problem: str) -> BadModelFile:
     return BadModelFile(f"{_escaped(str(path))} {problem}", param="model")
 
 
-def shown(text: str | bytes) -> str:
+def shown(text: str) -> str:
     """Quote a name out of an untrusted file: control characters escaped, long names cut."""
-    if isinstance(text, bytes):
-        text = text[: 4 * _LONGEST_SHOWN].decode("utf-8", "backslashreplace")
     if len(text) > _LONGEST_SHOWN:
         text = text[:_LONGEST_SHOWN] + "…"
     return f"'{_escaped(text)}'"

@@ -62,7 +62,7 @@ def divide(
     by_name = {tensor.name: tensor for tensor in tensors}
     embeddings, output = by_name.get(_EMBEDDINGS), by_name.get(_OUTPUT)
     table = embeddings or output
-    if table is None or len(table.dims) < 2:
+    if table is None or len(table.dims) < 2 or not table.size_bytes:
         raise bad_file(path, f"has no token embeddings: it is no complete model, {CONVERT_AGAIN}")
     block_bytes, expert_bytes = [0] * n_layer_all, [0] * n_layer_all
     input_bytes = 0 if embeddings else table.size_bytes
