@@ -140,7 +140,9 @@ def _uvicorn_config(
         ApiConfig(
             model_id=prepared.model_id,
             created=int(time.time()),
-            aliases=frozenset({prepared.model.path.stem, prepared.model.path.name}),
+            aliases=frozenset(
+                {prepared.model.path.stem, prepared.model.path.name, settings.model or ""}
+            ),
             api_keys=settings.api_keys,
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
@@ -149,6 +151,7 @@ def _uvicorn_config(
     return uvicorn.Config(
         app,
         log_config=None,
+        log_level="warning",
         access_log=False,
         lifespan="off",
         server_header=False,

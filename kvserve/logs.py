@@ -18,7 +18,6 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from kvserve.errors import UsageError
 
-LOG_FILE = "kvserve.log.jsonl"
 _N_OLD_FILES = 3
 _MASK = "[hidden]"
 _SECRET_FIELDS = frozenset(
@@ -30,25 +29,20 @@ _UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 Form = Literal["auto", "console", "json"]
 
 
-def log_path(state_dir: Path) -> Path:
-    """Return the file that the JSON lines go to; older ones end in .1, .2 and .3."""
-    return state_dir / LOG_FILE
-
-
 def configure_logs(
     *,
     level: str,
     form: Form,
-    state_dir: Path | None,
+    file: Path | None,
     secrets: Iterable[str] = (),
     stream: TextIO | None = None,
     file_bytes: int = 10 * 2**20,
 ) -> None:
-    """Send all logging of this process to `stream` (stderr) and to the file in `state_dir`.
+    """Send all logging of this process to `stream` (stderr) and, as JSON lines, to `file`.
 
     `level` is debug, info, warning or error. `auto` is the console form where the stream is a
-    terminal, else JSON. Without `state_dir` there is no file; a file that reaches `file_bytes` is
-    put aside, and three old ones are kept. `secrets` are texts that never appear, whatever field
+    terminal, else JSON. A file that reaches `file_bytes` is put aside, and
+    three old ones are kept. `secrets` are texts that never appear, whatever field
     or message they come in. Called again, it replaces what it set before. Start uvicorn with
     `log_config=None`. Raises UsageError where the file cannot be written.
     """
@@ -60,8 +54,8 @@ def configure_logs(
         _Redacting(_console(stream.isatty()) if console else _json_lines(), secrets)
     )
     handlers: list[logging.Handler] = [to_stream]
-    if state_dir is not None:
-        to_file = _open_file(state_dir, file_bytes)
+    if file is not None:
+        to_file = _open_file(file, file_bytes)
         to_file.setFormatter(_Redacting(_json_lines(), secrets))
         handlers.append(to_file)
     close_logs()
@@ -164,10 +158,9 @@ def _console(colors: bool) -> logging.Formatter:
     )
 
 
-def _open_file(state_dir: Path, file_bytes: int) -> logging.Handler:
-    path = log_path(state_dir)
+def _open_file(path: Path, file_bytes: int) -> logging.Handler:
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
         return logging.handlers.RotatingFileHandler(
             path, maxBytes=file_bytes, backupCount=_N_OLD_FILES, encoding="utf-8"

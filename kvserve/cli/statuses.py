@@ -52,9 +52,9 @@ def reload_text(document: Document) -> str:
 def _memory_lines(memory: Document | None) -> list[str]:
     if not memory:
         return []
-    predicted = memory["predicted"]["total_bytes"]
+    predicted = memory["device_bytes"]["predicted"]
+    measured = memory["device_bytes"]["measured"]
     line = f"memory   predicted {format_bytes(predicted)}"
-    measured = (memory.get("measured") or {}).get("device_bytes")
     if measured is not None:
         line += f", measured {format_bytes(measured)} ({100 * (measured / predicted - 1):+.1f} %)"
     return [line]

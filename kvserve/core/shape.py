@@ -52,8 +52,8 @@ class ModelShape:
     """A model as its GGUF header describes it. Element counts are per token, sizes in bytes.
 
     `input_bytes` are the token embeddings (and the like) that llama.cpp keeps on the host;
-    `output_bytes` are the output matrix and final norms, a second copy of the token embeddings
-    where the two are tied. `n_ff` is the widest feed-forward layer, experts in use included.
+    `output_bytes` are the output matrix and final norms; `tied_bytes` of them are a second copy of
+    the token embeddings, which is none where both lie in the same memory. `n_ff` is the widest feed-forward layer, experts in use included.
     """
 
     architecture: str
@@ -71,7 +71,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     input_bytes: int
     output_bytes: int
-    tied_embeddings: bool
+    tied_bytes: int
     has_chat_template: bool
     has_attention_sinks: bool = False
 
@@ -85,11 +85,6 @@ class ModelShape:
         """All weights, tied embeddings counted once."""
         blocks = sum(layer.weights_bytes for layer in self.layers)
         return blocks + self.input_bytes + self.output_bytes - self.tied_bytes
-
-    @property
-    def tied_bytes(self) -> int:
-        """What input and output share where they lie in the same memory."""
-        return min(self.input_bytes, self.output_bytes) if self.tied_embeddings else 0
 
     @property
     def expert_bytes(self) -> int:

@@ -109,7 +109,7 @@ def _shape(
         layers=_layers(metadata, dims, weights),
         input_bytes=weights.input_bytes,
         output_bytes=weights.output_bytes,
-        tied_embeddings=weights.tied,
+        tied_bytes=weights.tied_bytes,
         has_chat_template=has_chat_template,
         has_attention_sinks=weights.has_attention_sinks,
     )

@@ -38,7 +38,8 @@ class Weights:
     """Bytes of a model's tensors by where they go. The tuples have an entry for each block.
 
     `expert_bytes` is the part of `block_bytes` in routed experts; `expert_n_ff` the width of one
-    expert, 0 without experts. Where `tied`, the output matrix is a second copy of the embeddings.
+    expert, 0 without experts. Of `output_bytes`, `tied_bytes` are a second
+    copy of the embeddings.
     """
 
     input_bytes: int
@@ -47,7 +48,7 @@ class Weights:
     expert_bytes: tuple[int, ...]
     expert_n_ff: int
     n_vocab: int
-    tied: bool
+    tied_bytes: int
     has_attention_sinks: bool
 
 
@@ -87,7 +88,7 @@ def divide(
         expert_bytes=tuple(expert_bytes),
         expert_n_ff=expert_n_ff,
         n_vocab=table.dims[1],
-        tied=embeddings is None or output is None,
+        tied_bytes=table.size_bytes if embeddings is None or output is None else 0,
         has_attention_sinks=any("attn_sinks" in name for name in by_name),
     )
 

@@ -106,8 +106,8 @@ class Settings(BaseModel):
     ] = Field("auto", description="Form of the log on stderr; `auto` is `console` on a terminal.")
     state_dir: values.AnyPath = Field(
         default_factory=lambda: platformdirs.user_state_path("kvserve"),
-        description="Where the log file lies, and what a running daemon leaves for `kvserve status` "
-        "and the other commands.",
+        description="Directory of the log file and of what a running daemon leaves for "
+        "`kvserve status` and the other commands.",
     )
     config: values.PathOrNone = Field(
         None,

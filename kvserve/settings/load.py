@@ -66,7 +66,7 @@ def load_settings(
     if path is not None:
         layers.append(_Layer({"config": path}, lambda _: str(path)))
         layers += _file_layers(path, layers)
-    elif (chosen := _find(layers, "profile")) is not None:
+    elif (chosen := _chosen_profile(layers)) is not None:
         raise UsageError(
             f"{chosen[0]}: {chosen[1]!r} needs a settings file: name one with --config FILE",
             param="profile",
@@ -106,11 +106,13 @@ def _file_layers(path: Path, above: list[_Layer]) -> list[_Layer]:
     profiles = top.pop("profiles", {})
     if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
         raise UsageError(f"{path}: profiles must be tables: write [profiles.NAME]", param="config")
+    if isinstance(top.get("profile"), dict):
+        raise UsageError(f"{path}: profile names one table: write [profiles.NAME]", param="profile")
     _check_keys(path, "", top, NOT_IN_FILE, extra=("profiles",))
     for name, table in profiles.items():
         _check_keys(path, f"profiles.{name}.", table, _NOT_IN_PROFILE)
     common = _Layer(top, lambda key: f"{path}: {key}")
-    chosen = _find([*above, common], "profile")
+    chosen = _chosen_profile([*above, common])
     if chosen is None:
         return [common]
     source, profile = chosen
@@ -118,6 +120,13 @@ def _file_layers(path: Path, above: list[_Layer]) -> list[_Layer]:
         there = f"it has {', '.join(sorted(profiles))}" if profiles else "it has no profiles"
         raise UsageError(f"{source}: {path} has no profile {profile!r}: {there}", param="profile")
     return [_Layer(profiles[profile], lambda key: f"{path}: profiles.{profile}.{key}"), common]
+
+
+def _chosen_profile(layers: list[_Layer]) -> tuple[str, str] | None:
+    found = _find(layers, "profile")
+    if found is None or str(found[1]).strip().lower() == "none":
+        return None
+    return found[0], str(found[1]).strip()
 
 
 def _read_toml(path: Path) -> dict[str, object]:

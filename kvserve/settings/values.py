@@ -43,7 +43,7 @@ def read_tokens(value: object) -> int:
     """Read a number of tokens from 1 up: `32768`, or `32K` for 32 * 1024."""
     if isinstance(value, str) and (match := _TOKENS.fullmatch(value.strip())):
         value = int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
         return value
     raise ValueError(f"{value!r} is not a number of tokens: write one from 1 up, as 8192 or 32K")
 

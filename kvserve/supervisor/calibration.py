@@ -8,6 +8,9 @@ from kvserve.core.machine import Build, Gpu
 from kvserve.core.memory import Overheads, prior_overheads
 from kvserve.units import GIB, MIB
 
+GROWTH_BYTES = 16 * MIB
+"""What a worker still adds after its load, at its first long prompt (12 MiB measured)."""
+
 _PLAUSIBLE_BYTES = range(64 * MIB, 3 * GIB)
 
 
@@ -33,7 +36,7 @@ class Calibration:
         if gpu_bytes not in _PLAUSIBLE_BYTES:
             return False
         known = self._read()
-        known[_key(gpu, build)] = gpu_bytes
+        known[_key(gpu, build)] = gpu_bytes + GROWTH_BYTES
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._path.with_suffix(".new")

@@ -1,6 +1,9 @@
 """Whether the installed llama-cpp-python is one that this code was tested with."""
 
 import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
 
 TESTED_FROM = (0, 3, 36)
 TESTED_BELOW = (0, 3, 37)
@@ -12,10 +15,9 @@ def refusal() -> str | None:
     Its bindings mirror llama.cpp's structs release by release: another version would not fail,
     it would read the wrong fields.
     """
-    wanted = f">={_dotted(TESTED_FROM)},<{_dotted(TESTED_BELOW)}"
-    try:
-        installed = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
+    installed = _installed()
+    if installed is None:
+        wanted = f">={_dotted(TESTED_FROM)},<{_dotted(TESTED_BELOW)}"
         return f'llama-cpp-python is not installed: pip install "llama-cpp-python{wanted}"'
     return judge(installed)
 
@@ -27,10 +29,20 @@ def judge(installed: str) -> str | None:
     if TESTED_FROM <= numbers < TESTED_BELOW:
         return None
     wanted = f">={_dotted(TESTED_FROM)},<{_dotted(TESTED_BELOW)}"
-    return (
-        f"llama-cpp-python {installed} is not supported: "
-        f'pip install "llama-cpp-python{wanted}"'
-    )
+    return f'llama-cpp-python {installed} is not supported: pip install "llama-cpp-python{wanted}"'
+
+
+def _installed() -> str | None:
+    """The version, read without importing the package: that loads llama.cpp."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    # A source tree on PYTHONPATH has no metadata.
+    found = re.search(r"__version__\s*=\s*[\"']([^\"']+)", Path(spec.origin).read_text())
+    return found[1] if found else None
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -284,16 +284,19 @@ class Context:
         return template.decode("utf-8", "replace") if template else None
 
     def decode(self, batch: Batch) -> None:
-        """Compute a batch. Raises CacheFull or DecodeError."""
+        """Compute a batch; returns when it is done. Raises CacheFull or DecodeError."""
         status = ll.llama_decode(self.raw, batch.raw)
         if status == _NO_SLOT:
             raise CacheFull
         if status != 0:
             raise DecodeError(f"llama_decode returned {status}")
+        ll.llama_synchronize(self.raw)
 
     def logits(self, n_outputs: int) -> NDArray[np.float32]:
-        """Wait for the last decode; its logits as a view, shape (n_outputs, n_vocab), in batch
-        order. Writable: samplers read what is left there. Valid until the next decode."""
+        """The last batch's logits as a view, shape (n_outputs, n_vocab), in batch order.
+
+        Writable: samplers read what is left there. Valid until the next decode.
+        """
         first = ll.llama_get_logits(self.raw)
         address = ctypes.cast(first, ctypes.c_void_p).value
         if address is None:

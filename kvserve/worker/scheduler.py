@@ -38,10 +38,12 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One decode call. `admitted` are the requests that have their place from now on, in the
-    order of their arrival, those that come back after a preemption included."""
+    """One decode call, `n_prefill` of its tokens from prompts. `admitted` are the requests that
+    have their place from now on, in the order of their arrival, those that come back after a
+    preemption included."""
 
     chunks: tuple[Chunk, ...]
+    n_prefill: int = 0
     admitted: tuple[int, ...] = ()
     preempted: tuple[Preempted, ...] = ()
 
@@ -131,8 +133,10 @@ class Scheduler:
         prefilling = [entry for entry in self._running if not entry.decoding]
         chunks = [_chunk(entry, 1) for entry in decoding]
         budget = min(max(n_prefill_max, 1), self.n_batch - len(decoding))
-        chunks += [_chunk(entry, count) for entry, count in _share(prefilling, budget)]
-        return Batch(tuple(chunks), admitted, preempted)
+        shares = _share(prefilling, budget)
+        chunks += [_chunk(entry, count) for entry, count in shares]
+        n_prefill = sum(count for _, count in shares)
+        return Batch(tuple(chunks), n_prefill, admitted, preempted)
 
     def commit(self, batch: Batch) -> None:
         """The batch was decoded: its tokens are in the cache now."""

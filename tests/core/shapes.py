@@ -39,7 +39,7 @@ def llama3_8b() -> ModelShape:
         layers=tuple(layers),
         input_bytes=int(vocab * n_embd * Q4_K),
         output_bytes=int(vocab * n_embd * Q6_K) + n_embd * 4,
-        tied_embeddings=False,
+        tied_bytes=0,
         has_chat_template=True,
     )
 
@@ -96,7 +96,7 @@ def plain(
         layers=tuple(layers),
         input_bytes=matrix,
         output_bytes=matrix,
-        tied_embeddings=False,
+        tied_bytes=0,
         has_chat_template=False,
     )
 

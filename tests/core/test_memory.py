@@ -138,7 +138,7 @@ def test_experts_on_the_host_leave_the_gpu() -> None:
 
 
 def test_tied_embeddings_lie_once_on_the_host_and_twice_with_a_gpu() -> None:
-    shape = replace(plain(), tied_embeddings=True)
+    shape = replace(plain(), tied_bytes=plain().input_bytes)
     cpu = estimate(shape, launch(backend=Backend.CPU, n_gpu_layers=0), HOPPER_OVERHEADS, 1)
     gpu = estimate(shape, launch(), HOPPER_OVERHEADS, 1)
     both = gpu.gpu.weights_bytes + gpu.host.weights_bytes

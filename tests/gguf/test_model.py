@@ -60,7 +60,7 @@ def test_presets_have_their_known_sizes(
     assert shape.n_ctx_train == spec.n_ctx_train
     assert model.chat_template == CHAT_TEMPLATE
     tensors_bytes = sum(layer.weights_bytes for layer in shape.layers) + shape.output_bytes
-    tensors_bytes += 0 if shape.tied_embeddings else shape.input_bytes
+    tensors_bytes += 0 if shape.tied_bytes else shape.input_bytes
     assert 0 < shape.file_bytes - tensors_bytes < 20 * 2**20
 
 
@@ -79,7 +79,7 @@ def test_gemma_3_270m() -> None:
     assert windows == [None if layer % 6 == 5 else 512 for layer in range(18)]
     assert (shape.n_vocab, shape.n_embd, shape.n_ff) == (262144, 640, 2048)
     assert (shape.n_ctx_train, shape.n_head, shape.n_head_kv) == (32768, 4, 1)
-    assert shape.tied_embeddings
+    assert shape.tied_bytes
     assert shape.input_bytes == 640 * 262144 // 32 * 34
     assert shape.output_bytes == shape.input_bytes + 640 * 4
     assert shape.quantization == "Q4_K_M"

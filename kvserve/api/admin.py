@@ -1,0 +1,82 @@
+"""What operators and the CLI ask: health, status, plans, and a change of context."""
+
+from typing import Any
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, Response
+
+from kvserve.api.config import ApiConfig
+from kvserve.api.documents import describe_phase, plan_document, reload_document, status_document
+from kvserve.api.errors import error_response
+from kvserve.api.schemas import INT32_MAX, ContextRequest
+from kvserve.errors import InvalidRequest, NotReady
+from kvserve.supervisor.service import Service
+
+_RETRY_SECONDS = 2.0
+
+
+def admin_router(service: Service, config: ApiConfig) -> APIRouter:
+    """The routes under `/admin`."""
+    router = APIRouter(prefix="/admin")
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        return status_document(
+            service.status(),
+            model_id=config.model_id,
+            ready=service.ready,
+            now=config.clock(),
+        )
+
+    @router.get("/plan")
+    async def plan(ctx: str = Query("max", description="Tokens, or `max`.")) -> dict[str, Any]:
+        return plan_document(await service.plan(_parse_ctx(ctx)))
+
+    @router.post("/context")
+    async def context(body: ContextRequest) -> dict[str, Any]:
+        n_ctx = None if body.n_ctx == "max" else body.n_ctx
+        return reload_document(await service.change_context(n_ctx))
+
+    return router
+
+
+def health_router(service: Service, config: ApiConfig) -> APIRouter:
+    """`/health/live` and `/health/ready`; `/health` is the latter, as in llama-server."""
+    router = APIRouter(prefix="/health")
+
+    @router.get("/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("")
+    @router.get("/ready")
+    async def ready() -> Response:
+        return _readiness(service, config)
+
+    return router
+
+
+def _readiness(service: Service, config: ApiConfig) -> Response:
+    """200, or 503 with the phase and when to ask again."""
+    status = service.status()
+    if service.ready:
+        return JSONResponse({"status": "ok", "phase": str(status.phase)})
+    retry_after = _RETRY_SECONDS
+    if status.retry_at is not None:
+        retry_after = max(1.0, status.retry_at - config.clock())
+    message = describe_phase(status.phase, status.load_fraction)
+    if status.error is not None:
+        message += f": {status.error}"
+    return error_response(
+        NotReady(message, retry_after=retry_after),
+        details={"phase": str(status.phase), "load_fraction": status.load_fraction},
+    )
+
+
+def _parse_ctx(text: str) -> int | None:
+    """Tokens, or None for `max`."""
+    if text == "max":
+        return None
+    if text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= INT32_MAX:
+        return int(text)
+    raise InvalidRequest("ctx is a number of tokens from 1, or max", param="ctx")

@@ -1,0 +1,169 @@
+"""The answer to one generation request, from its place in line to the last byte.
+
+The response holds the tickets: whatever ends it (the answer's end, a failure, a client that hangs
+up, also while still in line) gives them up on the way out.
+
+Headers wait until the worker takes the request up, so that a refusal has its HTTP status in a
+stream too. A stream that waits longer than a ping interval begins without it, with the headers of
+the plan in force at that moment; a later failure then is an event `{"error": …}`, after which the
+stream ends without `[DONE]`. The chunks' `system_fingerprint` is that of the worker that answers.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from kvserve.api.errors import error_body, internal_error
+from kvserve.api.hangup import while_connected
+from kvserve.api.request_id import request_id_of
+from kvserve.api.sse import EventStream
+from kvserve.api.wire import ChunkWriter, Format, encode
+from kvserve.errors import KvserveError
+from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket, TicketEvent
+from kvserve.supervisor.service import Service
+
+Indexed = tuple[int, TicketEvent]
+
+
+class Answer(Response):
+    """Submits `specs` when it is sent, and writes one choice for each, in `wire_format`."""
+
+    def __init__(
+        self,
+        service: Service,
+        specs: Sequence[GenerationSpec],
+        wire_format: Format,
+        *,
+        stream: bool,
+        with_usage: bool,
+        ping_seconds: float,
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._specs = specs
+        self._format = wire_format
+        self._stream = stream
+        self._with_usage = with_usage
+        self._ping_seconds = ping_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Generate and send; returns early when the client hangs up."""
+        async with AsyncExitStack() as held:
+            tickets = [
+                await held.enter_async_context(self._service.submit(spec)) for spec in self._specs
+            ]
+            if self._stream:
+                await while_connected(receive, self._send_stream(tickets, scope, send))
+            else:
+                await while_connected(receive, self._send_whole(tickets, scope, receive, send))
+
+    async def _send_whole(
+        self, tickets: Sequence[Ticket], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        texts: list[list[str]] = [[] for _ in tickets]
+        ends: dict[int, Done] = {}
+        served: Served | None = None
+        async with aclosing(_events(tickets)) as events:
+            async for index, event in events:
+                match event:
+                    case Served():
+                        served = served or event
+                    case Text():
+                        texts[index].append(event.text)
+                    case Done():
+                        ends[index] = event
+        assert served is not None
+        body = self._format.whole(
+            ["".join(parts) for parts in texts],
+            [ends[index] for index in range(len(tickets))],
+            served.fingerprint,
+        )
+        await JSONResponse(body, headers=_headers(served))(scope, receive, send)
+
+    async def _send_stream(self, tickets: Sequence[Ticket], scope: Scope, send: Send) -> None:
+        async with EventStream(
+            send, ping_seconds=self._ping_seconds, early_headers=self._headers_in_force
+        ) as out:
+            try:
+                await self._send_chunks(tickets, out)
+            except Exception as error:
+                if not out.begun:
+                    raise
+                known = error if isinstance(error, KvserveError) else None
+                told = known or internal_error(request_id_of(scope))
+                await out.event(encode(error_body(told)))
+                await out.close()
+                if known is None:
+                    raise
+
+    async def _send_chunks(self, tickets: Sequence[Ticket], out: EventStream) -> None:
+        writers: dict[int, ChunkWriter] = {}
+        ends: list[Done] = []
+        fingerprint = ""
+        async with aclosing(_events(tickets)) as events:
+            async for index, event in events:
+                match event:
+                    case Served(fingerprint=fingerprint):
+                        await out.begin(_headers(event))
+                        writer = self._format.writer(
+                            index, fingerprint, with_usage=self._with_usage
+                        )
+                        writers[index] = writer
+                        if writer.opening is not None:
+                            await out.event(writer.opening)
+                    case Text(text=text) if text:
+                        await out.event(writers[index].text(text))
+                    case Done(reason=reason):
+                        ends.append(event)
+                        await out.event(writers[index].closing(reason))
+        if self._with_usage:
+            await out.event(self._format.usage_chunk(ends, fingerprint))
+        await out.event("[DONE]")
+        await out.close()
+
+    def _headers_in_force(self) -> dict[str, str]:
+        plan = self._service.status().plan
+        if plan is None:
+            return {}
+        launch = plan.chosen.launch
+        return {"x-kvserve-ctx": str(launch.n_ctx), "x-kvserve-cache-type": str(launch.pair)}
+
+
+def _headers(served: Served) -> dict[str, str]:
+    return {"x-kvserve-ctx": str(served.n_ctx), "x-kvserve-cache-type": served.cache_type}
+
+
+async def _events(tickets: Sequence[Ticket]) -> AsyncGenerator[Indexed, None]:
+    """The events of all tickets as they come, each with its ticket's index.
+
+    Raises the first KvserveError of any of them.
+    """
+    if len(tickets) == 1:
+        async for event in tickets[0]:
+            yield 0, event
+        return
+    queue: asyncio.Queue[Indexed | Exception] = asyncio.Queue()
+
+    async def forward(index: int, ticket: Ticket) -> None:
+        try:
+            async for event in ticket:
+                queue.put_nowait((index, event))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    forwarders = [asyncio.create_task(forward(i, ticket)) for i, ticket in enumerate(tickets)]
+    n_open = len(tickets)
+    try:
+        while n_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            n_open -= isinstance(item[1], Done)
+            yield item
+    finally:
+        for forwarder in forwarders:
+            forwarder.cancel()
+        await asyncio.gather(*forwarders, return_exceptions=True)

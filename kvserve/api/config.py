@@ -1,0 +1,36 @@
+"""What the daemon tells the API when it wires it up."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvserve.units import MIB
+
+ANY_MODEL = "default"
+"""The name under which the served model answers whatever it is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """The API's settings, fixed for the daemon's life.
+
+    `aliases` are further names of the model (its file's stem); "default" is always one. Without
+    `api_keys` everything is open, so the daemon allows that on a loopback address only.
+    `admin_token` opens `/admin/*` beside the keys, for the CLI on the same machine. `local_only`
+    is for a server bound to a loopback address: requests that a web page could have sent are
+    refused. `created` and `clock` are in seconds since the epoch.
+    """
+
+    model_id: str
+    created: int
+    aliases: frozenset[str] = frozenset()
+    api_keys: tuple[str, ...] = ()
+    admin_token: str | None = None
+    local_only: bool = True
+    max_body_bytes: int = 64 * MIB
+    ping_seconds: float = 5.0
+    clock: Callable[[], float] = time.time
+
+    def serves(self, name: str) -> bool:
+        """Whether a request may call the model by this name."""
+        return name in (self.model_id, ANY_MODEL) or name in self.aliases

@@ -1,0 +1,245 @@
+"""From a checked request body to the supervisor's `GenerationSpec`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kvserve.api.schemas import (
+    INT32_MAX,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+)
+from kvserve.errors import InvalidRequest, Unsupported
+from kvserve.ipc.messages import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
+from kvserve.supervisor.admission import GenerationSpec
+
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 512
+TEMPLATE_KWARGS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+"""What a caller may hand to a chat template: switches that published templates read. Anything
+else could replace the template's own variables."""
+
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "modalities": ([], ["text"]),
+    "audio": (),
+    "response_format": ({"type": "text"},),
+    "json_schema": (),
+    "grammar": ("",),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+}
+"""Fields that would change the answer and are not implemented, with the values beside null that
+ask for nothing."""
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def chat_spec(body: ChatCompletionRequest) -> GenerationSpec:
+    """What a chat request wants generated. Raises InvalidRequest, Unsupported."""
+    _refuse_unsupported(body)
+    continue_final = bool(body.continue_final_message)
+    if continue_final and body.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "only a last message of the assistant can be continued", param="continue_final_message"
+        )
+    prompt = ChatPrompt(
+        messages=tuple(_chat_message(m, f"messages[{i}]") for i, m in enumerate(body.messages)),
+        template_kwargs=_template_kwargs(body.chat_template_kwargs or {}),
+        continue_final=continue_final,
+    )
+    return _spec(body, prompt, body.max_completion_tokens or body.max_tokens)
+
+
+def completion_specs(body: CompletionRequest) -> tuple[GenerationSpec, ...]:
+    """What a completion request wants generated, one for each of its prompts.
+
+    Raises InvalidRequest, Unsupported.
+    """
+    _refuse_unsupported(body)
+    return tuple(_spec(body, prompt, body.max_tokens) for prompt in _prompts(body.prompt))
+
+
+def _refuse_unsupported(body: GenerationRequest) -> None:
+    extra = body.model_extra or {}
+    for name, harmless in _REFUSED.items():
+        value = extra.get(name)
+        if value is not None and value not in harmless:
+            raise Unsupported(f"{name} is not supported here: leave it out", param=name)
+    if extra.get("tools") and extra.get("tool_choice") != "none":
+        raise Unsupported("tools are not supported here: leave them out", param="tools")
+
+
+def _spec(body: GenerationRequest, prompt: Prompt, max_tokens: int | None) -> GenerationSpec:
+    min_tokens = body.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens {min_tokens} is more than the {max_tokens} tokens allowed",
+            param="min_tokens",
+        )
+    return GenerationSpec(
+        prompt=prompt,
+        sampling=_sampling(body),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=_stops(body.stop),
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def _sampling(body: GenerationRequest) -> Sampling:
+    values: dict[str, Any] = {name: getattr(body, name) for name in _SAMPLING}
+    values["repeat_penalty"] = (
+        body.repetition_penalty if body.repeat_penalty is None else body.repeat_penalty
+    )
+    if body.top_k is not None:
+        values["top_k"] = max(0, body.top_k)
+    if body.seed is not None:
+        # llama.cpp seeds with 32 bits; -1 becomes its LLAMA_DEFAULT_SEED, a random one.
+        values["seed"] = body.seed % 2**32
+    if body.logit_bias:
+        values["logit_bias"] = {_token_id(k): v for k, v in body.logit_bias.items()}
+    return Sampling(**{name: value for name, value in values.items() if value is not None})
+
+
+def _token_id(key: str) -> int:
+    if key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= INT32_MAX:
+        return int(key)
+    raise InvalidRequest("the keys of logit_bias are token ids in decimal", param="logit_bias")
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise InvalidRequest("stop is a string or a list of strings", param="stop")
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"at most {MAX_STOPS} stop strings are possible", param="stop")
+    if not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise InvalidRequest(
+            f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters", param="stop"
+        )
+    return tuple(_encodable(stop, "stop") for stop in stops)
+
+
+def _chat_message(message: Message, where: str) -> ChatMessage:
+    if (message.model_extra or {}).get("tool_calls"):
+        raise Unsupported("tool calls are not supported here", param=f"{where}.tool_calls")
+    if message.content is None and message.role not in ("assistant", "tool"):
+        raise InvalidRequest(f"a {message.role} message needs content", param=f"{where}.content")
+    return ChatMessage(
+        role="system" if message.role == "developer" else message.role,
+        content=_content(message.content, f"{where}.content"),
+        name=message.name,
+    )
+
+
+def _content(value: object, where: str) -> str:
+    """A message's text. Parts are joined by line breaks, as llama-server joins them."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _encodable(value, where)
+    if not isinstance(value, list):
+        raise InvalidRequest("content is a string or a list of parts", param=where)
+    return "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+
+
+def _part(part: object, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str):
+        raise InvalidRequest('a content part is an object with a "type"', param=where)
+    if kind not in ("text", "refusal"):
+        raise Unsupported("this server reads text parts only", param=where)
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise InvalidRequest(f"a {kind} part needs a string", param=f"{where}.{kind}")
+    return _encodable(text, f"{where}.{kind}")
+
+
+def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    for name, value in kwargs.items():
+        if name not in TEMPLATE_KWARGS:
+            allowed = ", ".join(sorted(TEMPLATE_KWARGS))
+            raise InvalidRequest(
+                f"chat_template_kwargs takes only {allowed}", param="chat_template_kwargs"
+            )
+        where = f"chat_template_kwargs.{name}"
+        if isinstance(value, str) and len(value) <= 64:
+            _encodable(value, where)
+        elif not isinstance(value, bool | int | float) or not _is_64_bit(value):
+            raise InvalidRequest(f"{name} is a boolean, a number or a short string", param=where)
+    return kwargs
+
+
+def _is_64_bit(number: float) -> bool:
+    """Whether the number survives msgpack."""
+    return abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    if isinstance(value, str):
+        return (TextPrompt(_encodable(value, "prompt")),)
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(
+            "prompt is a string, a list of token ids, or a list of one of the two", param="prompt"
+        )
+    if type(value[0]) is int:
+        return (_token_prompt(value, "prompt"),)
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"at most {MAX_PROMPTS} prompts are possible", param="prompt")
+    return tuple(_one_prompt(item, f"prompt[{i}]") for i, item in enumerate(value))
+
+
+def _one_prompt(value: object, where: str) -> Prompt:
+    if isinstance(value, str):
+        return TextPrompt(_encodable(value, where))
+    if isinstance(value, list) and value:
+        return _token_prompt(value, where)
+    raise InvalidRequest("a prompt is a string or a list of token ids", param=where)
+
+
+def _token_prompt(tokens: Sequence[Any], where: str) -> TokenPrompt:
+    if not all(type(token) is int and 0 <= token <= INT32_MAX for token in tokens):
+        raise InvalidRequest("token ids are whole numbers from 0", param=where)
+    return TokenPrompt(tuple(tokens))
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text itself. JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("the text is not valid Unicode", param=where) from None
+    return text

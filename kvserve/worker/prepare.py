@@ -1,0 +1,143 @@
+"""From a `Generate` message to a request that the engine can run: rendered, tokenized, checked.
+
+Runs on a thread of its own, so that decoding never waits for a long prompt or a slow template.
+"""
+
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvserve.errors import InvalidRequest, KvserveError
+from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt
+from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.llama import Vocab
+from kvserve.worker.sampling import Sampler
+from kvserve.worker.sequences import Generation, Limits, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with its tokens. `late_text` is what its resumed tokens held back, where they
+    already end the answer."""
+
+    id: int
+    generation: Generation
+    sampler: Sampler
+    late_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that ends before it began."""
+
+    id: int
+    answer: Failed | NeedsContext
+
+
+class Preparer:
+    """Prepares requests one after the other, in the order of `submit`.
+
+    `wanted` tells whether a request is still to be answered; `deliver` gets the result of each
+    one that is, on this class's thread.
+    """
+
+    def __init__(
+        self,
+        vocab: Vocab,
+        renderer: ChatRenderer,
+        n_ctx: int,
+        *,
+        wanted: Callable[[int], bool],
+        deliver: Callable[[Prepared | Refused], None],
+    ) -> None:
+        self._vocab = vocab
+        self._renderer = renderer
+        self._n_ctx = n_ctx
+        self._wanted = wanted
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Generate] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="prepare", daemon=True).start()
+
+    def submit(self, request: Generate) -> None:
+        """Queue a request; returns at once."""
+        self._inbox.put(request)
+
+    def prepare(self, request: Generate) -> Prepared | Refused:
+        """Prepare one request. Never raises: whatever goes wrong ends this request alone."""
+        try:
+            return self._prepare(request)
+        except KvserveError as error:
+            answer = Failed(request.id, error.code, error.message, error.param)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            answer = Failed(
+                request.id, "internal_error", "the worker could not prepare this request"
+            )
+        return Refused(request.id, answer)
+
+    def _run(self) -> None:
+        while True:
+            request = self._inbox.get()
+            if self._wanted(request.id):
+                self._deliver(self.prepare(request))
+
+    def _prepare(self, request: Generate) -> Prepared | Refused:
+        prompt = self._tokens(request)
+        self._check_ids(request.resume, "resume")
+        self._check_ids(request.sampling.logit_bias, "logit_bias")
+        n_tokens = len(prompt) + len(request.resume)
+        if n_tokens + 1 > self._n_ctx:
+            return Refused(request.id, NeedsContext(request.id, n_tokens))
+        room = self._n_ctx - len(prompt)
+        limits = Limits(
+            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            min_tokens=request.min_tokens,
+            stop=request.stop,
+            ignore_eos=request.ignore_eos,
+        )
+        vocab = self._vocab
+        generation = Generation(prompt, limits)
+        late_text = generation.replay(request.resume, vocab.piece, vocab.ends)
+        bans_ends = request.ignore_eos or request.min_tokens > 0
+        sampler = Sampler(
+            request.sampling,
+            generation,
+            n_vocab=vocab.n_tokens,
+            forbidden=vocab.forbidden_tokens,
+            end_tokens=vocab.end_tokens if bans_ends else np.empty(0, dtype=np.int64),
+        )
+        return Prepared(request.id, generation, sampler, late_text)
+
+    def _tokens(self, request: Generate) -> Tokens:
+        prompt = request.prompt
+        if isinstance(prompt, ChatPrompt):
+            text = self._renderer.render(prompt)
+            # Templates write BOS themselves or leave it to the tokenizer; twice confuses a model.
+            bos = self._vocab.bos_text
+            add_special = not (bos and text.startswith(bos))
+            tokens = self._vocab.tokenize(text, add_special=add_special, parse_special=True)
+        elif isinstance(prompt, TextPrompt):
+            tokens = self._vocab.tokenize(prompt.text, add_special=True, parse_special=False)
+        else:
+            self._check_ids(prompt.tokens, "prompt")
+            tokens = np.array(prompt.tokens, dtype=np.int32)
+        if len(tokens) == 0 and self._vocab.adds_bos:
+            tokens = np.array([self._vocab.bos], dtype=np.int32)
+        if len(tokens) == 0:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return tokens
+
+    def _check_ids(self, ids: tuple[int, ...] | dict[int, float], param: str) -> None:
+        n_vocab = self._vocab.n_tokens
+        if ids and not (min(ids) >= 0 and max(ids) < n_vocab):
+            raise InvalidRequest(
+                f"{param} holds a token id outside 0 to {n_vocab - 1}", param=param
+            )

@@ -1,0 +1,79 @@
+"""A worker's life from `Hello` to the engine's loop."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+from kvserve.ipc.channel import WorkerChannel
+from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress
+from kvserve.worker import llama
+from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.engine import Engine, Inbox
+from kvserve.worker.load_log import LoadLog
+from kvserve.worker.templates import ChatTemplate, choose
+
+_PROGRESS_FRAMES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedModel:
+    context: llama.Context
+    renderer: ChatRenderer
+    template: ChatTemplate
+
+
+def serve(channel: WorkerChannel, inbox: Inbox) -> int:
+    """Greet, load, serve. Returns only where the model could not be loaded, with the exit status;
+    otherwise the reader thread ends the process."""
+    log = LoadLog()
+    llama.start_backend(log)
+    channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
+    load = _wait_for_load(inbox)
+    begun = time.monotonic()
+    try:
+        model = _load(load, log, channel)
+    except llama.LoadError as error:
+        channel.send(LoadFailed(error.message, error.out_of_memory))
+        return 1
+    context = model.context
+    engine = Engine(context, channel, model.renderer, inbox, load.n_seq_max)
+    channel.send(
+        Loaded(
+            n_ctx=context.n_ctx,
+            n_ctx_train=context.n_ctx_train,
+            n_vocab=context.vocab.n_tokens,
+            memory=log.memory(),
+            template=model.template.name,
+            load_seconds=time.monotonic() - begun,
+            flash_attn=load.flash_attn,
+        )
+    )
+    engine.run()
+    return 0
+
+
+def _wait_for_load(inbox: Inbox) -> Load:
+    while True:
+        message = inbox.get()
+        if isinstance(message, Load):
+            return message
+        print(f"unexpected before Load: {message!r}", file=sys.stderr, flush=True)
+
+
+def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:
+    n_sent = 0
+
+    def on_progress(fraction: float) -> None:
+        nonlocal n_sent
+        if int(fraction * _PROGRESS_FRAMES) > n_sent:
+            n_sent = int(fraction * _PROGRESS_FRAMES)
+            channel.send(Progress(fraction))
+
+    context = llama.Context(load, log, on_progress)
+    log.close_load()
+    vocab = context.vocab
+    template = choose(context.architecture, context.chat_template, vocab.has)
+    renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
+    renderer.start()
+    return _LoadedModel(context, renderer, template)
