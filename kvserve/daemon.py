@@ -52,7 +52,7 @@ def listen(prepared: Prepared) -> Listening:
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     instance = Instance(
         pid=os.getpid(),
-        process_started_at=process_started_at(os.getpid()) or time.time(),
+        process_started_at=process_started_at(os.getpid()) or 0.0,
         url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
         port=port,
         model=prepared.model_id,

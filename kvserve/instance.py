@@ -13,8 +13,8 @@ from kvserve.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A daemon. `process_started_at` (seconds since the epoch) tells it from a later process with
-    the same id."""
+    """A daemon. `process_started_at` (seconds since boot) tells it from a later process with the
+    same id."""
 
     pid: int
     process_started_at: float

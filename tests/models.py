@@ -197,6 +197,8 @@ def _q4_k_m(name: str, shape: tuple[int, ...], n_layer: int) -> gguf.GGMLQuantiz
     kinds = gguf.GGMLQuantizationType
     if len(shape) < 2 or "conv1d" in name or name.endswith("ffn_gate_inp.weight"):
         return kinds.F32
+    if shape[0] % 256:
+        return kinds.Q8_0 if name == "output.weight" else kinds.Q5_0
     if name == "output.weight":
         return kinds.Q6_K
     layer = int(name.split(".")[1]) if name.startswith("blk.") else 0

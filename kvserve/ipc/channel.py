@@ -42,29 +42,32 @@ def _body_length(header: bytes) -> int:
 class DaemonChannel:
     """The daemon's end. `receive` is for one reader task; `send` never blocks the event loop."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, transport: asyncio.Transport, frames: "_Frames") -> None:
+        self._transport = transport
+        self._frames = frames
 
     @classmethod
     async def open(cls, sock: socket.socket) -> "DaemonChannel":
         """Take over the parent's end of a socket pair."""
         sock.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=2**20)
-        return cls(reader, writer)
+        loop = asyncio.get_running_loop()
+        transport, frames = await loop.create_unix_connection(_Frames, sock=sock)
+        return cls(transport, frames)
 
     def send(self, message: ToWorker) -> None:
         """Queue one message; lost without an error where the worker is gone."""
-        if not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+        if not self._transport.is_closing():
+            self._transport.write(encode_frame(message))
 
     async def receive(self) -> FromWorker | None:
         """The next message, None at the end of the worker's life. Raises ProtocolError."""
-        try:
-            header = await self._reader.readexactly(_HEADER_BYTES)
-            body = await self._reader.readexactly(_body_length(header))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        body = await self._frames.bodies.get()
+        if body is None or isinstance(body, ProtocolError):
+            self._frames.bodies.put_nowait(body)  # the end stays the end
+        if body is None:
             return None
+        if isinstance(body, ProtocolError):
+            raise body
         try:
             message: FromWorker = _from_worker.decode(body)
         except msgspec.MsgspecError as error:
@@ -73,7 +76,42 @@ class DaemonChannel:
 
     def close(self) -> None:
         """Close the socket: the worker reads end of file and exits."""
-        self._writer.close()
+        self._transport.close()
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts the stream into frames as it comes in.
+
+    A worker that dies with unread input resets the connection; asyncio's StreamReader would then
+    throw away the frames that had arrived, the worker's last words.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: asyncio.Queue[bytes | ProtocolError | None] = asyncio.Queue()
+        self._buffer = bytearray()
+        self._broken = False
+
+    def data_received(self, data: bytes) -> None:
+        """Queue every frame that is complete."""
+        self._buffer += data
+        start = 0
+        while not self._broken and len(self._buffer) - start >= _HEADER_BYTES:
+            try:
+                length = _body_length(bytes(self._buffer[start : start + _HEADER_BYTES]))
+            except ProtocolError as error:
+                self._broken = True
+                self.bodies.put_nowait(error)
+                break
+            end = start + _HEADER_BYTES + length
+            if len(self._buffer) < end:
+                break
+            self.bodies.put_nowait(bytes(self._buffer[start + _HEADER_BYTES : end]))
+            start = end
+        del self._buffer[: len(self._buffer) if self._broken else start]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the base's name
+        """The end, however it came."""
+        self.bodies.put_nowait(None)
 
 
 class WorkerChannel:

@@ -47,6 +47,7 @@ class Policy:
     queue_limit: int = 256
     request_timeout: float | None = 600.0
     drain_timeout: float = 30.0
+    pause_timeout: float = 10.0
     load_timeout: float = 600.0
     step_timeout: float = 120.0
 

@@ -74,7 +74,6 @@ from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Sta
 log = structlog.get_logger(__name__)
 
 TICK_SECONDS = 0.25
-PAUSE_SECONDS = 10.0
 LEAVE_SECONDS = 10.0
 STOP_GRACE_SECONDS = 5.0
 STOP_KILL_SECONDS = 7.5
@@ -503,7 +502,7 @@ class Supervisor:
             self._leave(state)
         elif state.kill_at is None and now >= state.pause_at:
             state.worker.send(Pause())
-            self._update(replace(state, kill_at=now + PAUSE_SECONDS))
+            self._update(replace(state, kill_at=now + self._policy.pause_timeout))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill()
         else:

@@ -210,3 +210,22 @@ def test_sending_to_a_dead_worker_is_no_error(pair) -> None:
 def test_a_message_over_the_limit_is_refused() -> None:
     with pytest.raises(ProtocolError, match="over the limit"):
         encode_frame(Failed(1, "c", "x" * (channel_module.MAX_FRAME_BYTES + 1)))
+
+
+def test_the_last_words_of_a_worker_that_left_input_unread_arrive() -> None:
+    # Its death resets the connection; what it had sent must still be read.
+    async def story() -> list[FromWorker | None]:
+        ours, theirs = socket.socketpair()
+        daemon = await DaemonChannel.open(ours)
+        daemon.send(Shutdown())
+        await asyncio.sleep(0)
+        theirs.sendall(b"".join(encode_frame(Progress(n / 4)) for n in range(3)))
+        theirs.sendall(encode_frame(LoadFailed("no", True)))
+        theirs.close()
+        received = [await daemon.receive() for _ in range(6)]
+        daemon.close()
+        return received
+
+    received = asyncio.run(story())
+    assert received[:4] == [Progress(0.0), Progress(0.25), Progress(0.5), LoadFailed("no", True)]
+    assert received[4:] == [None, None]

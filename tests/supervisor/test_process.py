@@ -1,0 +1,176 @@
+"""The supervisor with real processes: the scripted worker, dying and hanging at every point."""
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvserve.core.lifecycle import Phase
+from kvserve.errors import KvserveError, WorkerFailed
+from kvserve.ipc.messages import Sampling, TextPrompt
+from kvserve.supervisor.admission import Done, GenerationSpec, Text
+from kvserve.supervisor.launching import Policy
+from kvserve.supervisor.loop import Supervisor
+from kvserve.supervisor.process import ProcessSpawner
+from tests.supervisor.stage import FakePlanner, plan_for, play
+
+SPEC = GenerationSpec(TextPrompt("one two three"), Sampling(), max_tokens=24)
+WHOLE = "".join(f"w{i} " for i in range(24))
+
+
+class Troupe:
+    """A supervisor whose workers are scripted processes."""
+
+    def __init__(self, folder: Path, policy: dict[str, Any], script: dict[str, Any]) -> None:
+        argv = (sys.executable, "-m", "kvserve.worker.fake", "--script", json.dumps(script))
+        self.log = folder / "worker.log"
+        self.supervisor = Supervisor(
+            plan_for(16384),
+            replace(Policy("/m.gguf", "identity", n_threads=1), **policy),
+            ProcessSpawner(self.log, argv),
+            FakePlanner(),
+        )
+        self.running = asyncio.create_task(self.supervisor.run())
+
+    async def __aenter__(self) -> Supervisor:
+        return self.supervisor
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        pid = self.supervisor.status().worker_pid
+        await self.supervisor.stop()
+        await self.running
+        assert self.supervisor.status().phase is Phase.STOPPED
+        if pid is not None:
+            with pytest.raises(ProcessLookupError):
+                os.killpg(pid, 0)
+
+
+async def ask(supervisor: Supervisor, began: asyncio.Event | None = None) -> str:
+    text = ""
+    async with supervisor.submit(SPEC) as ticket:
+        async for event in ticket:
+            match event:
+                case Text():
+                    text += event.text
+                    if began is not None:
+                        began.set()
+                case Done():
+                    text += f"|{event.reason}"
+    return text
+
+
+def test_answers_come_whole_and_a_stop_leaves_no_process(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Troupe(tmp_path, {}, {}) as supervisor:
+            answers = await asyncio.gather(*(ask(supervisor) for _ in range(20)))
+            assert answers == [WHOLE + "|length"] * 20
+
+    play(story)
+
+
+def test_a_reload_in_the_middle_of_answers_changes_nothing_in_them(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Troupe(tmp_path, {"drain_timeout": 0.05}, {"step_ms": 5}) as supervisor:
+            await supervisor.first_ready
+            began = asyncio.Event()
+            asking = [asyncio.create_task(ask(supervisor, began)) for _ in range(12)]
+            await began.wait()
+            outcome = await supervisor.change_context(32768)
+            assert outcome.changed
+            assert await asyncio.gather(*asking) == [WHOLE + "|length"] * 12
+            assert supervisor.status().n_worker_deaths == 0
+
+    play(story)
+
+
+@pytest.mark.parametrize("point", ["loaded", "first_step", "step:7"])
+@pytest.mark.parametrize("number", [9, 11])
+def test_a_worker_that_dies_once_is_not_noticed_by_callers(
+    point: str, number: int, tmp_path: Path
+) -> None:
+    script = {"die_at": point, "signal": number, "die_once_file": str(tmp_path / "died")}
+
+    async def story() -> None:
+        async with Troupe(tmp_path, {}, script) as supervisor:
+            asking = [asyncio.create_task(ask(supervisor)) for _ in range(6)]
+            assert await asyncio.gather(*asking) == [WHOLE + "|length"] * 6
+            assert supervisor.status().n_worker_deaths == 1
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ({"die_at": "hello"}, "SIGKILL"),
+        ({"die_at": "load"}, "SIGKILL"),
+        ({"die_at": "load", "signal": 11}, "SIGSEGV"),
+        ({"fail_load": "tensor blk.0 has the wrong shape"}, "wrong shape"),
+        ({"oom_load": True}, "could not be loaded"),
+        ({"garbage_at": "load"}, "while loading"),
+        ({"hang_at": "load"}, "while loading"),
+        ({"hang_at": "hello"}, "while loading"),
+    ],
+)
+def test_a_first_load_that_fails_says_why(
+    script: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Troupe(tmp_path, {"load_timeout": 1.0}, script) as supervisor:
+            waiting = asyncio.create_task(ask(supervisor))
+            with pytest.raises(WorkerFailed, match=words):
+                await supervisor.first_ready
+            with pytest.raises(KvserveError):
+                await waiting
+
+    play(story)
+
+
+def test_a_trap_is_mended_by_loading_without_repacked_weights(tmp_path: Path) -> None:
+    async def story() -> None:
+        script = {"die_unless_no_extra_buffers": True}
+        async with Troupe(tmp_path, {}, script) as supervisor:
+            assert await ask(supervisor) == WHOLE + "|length"
+
+    play(story)
+
+
+@pytest.mark.parametrize("script", [{"hang_at": "step:5"}, {"garbage_at": "step:5"}])
+def test_a_worker_gone_mad_is_replaced_and_a_request_that_maddens_two_fails(
+    script: dict[str, Any], tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Troupe(tmp_path, {"step_timeout": 0.5}, script) as supervisor:
+            with pytest.raises(WorkerFailed, match="died twice"):
+                await ask(supervisor)
+            assert supervisor.status().n_worker_deaths == 2
+
+    play(story)
+
+
+def test_a_worker_that_ignores_the_pause_is_killed(tmp_path: Path) -> None:
+    async def story() -> None:
+        policy = {"drain_timeout": 0.0, "pause_timeout": 0.3}
+        async with Troupe(tmp_path, policy, {"step_ms": 40, "ignore_pause": True}) as supervisor:
+            await supervisor.first_ready
+            began = asyncio.Event()
+            asking = asyncio.create_task(ask(supervisor, began))
+            await began.wait()
+            assert (await supervisor.change_context(32768)).changed
+            assert await asking == WHOLE + "|length"
+
+    play(story)
+
+
+def test_a_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
+    async def story() -> None:
+        spawner = ProcessSpawner(tmp_path / "log", ("/nowhere/worker",))
+        with pytest.raises(WorkerFailed, match="could be started"):
+            await spawner.spawn(plan_for(8192).chosen.launch)
+
+    play(story)
