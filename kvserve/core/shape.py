@@ -51,9 +51,10 @@ class LayerShape:
 class ModelShape:
     """A model as its GGUF header describes it. Element counts are per token, sizes in bytes.
 
-    `input_bytes` are the token embeddings (and the like) that llama.cpp keeps on the host;
-    `output_bytes` are the output matrix and final norms; `tied_bytes` of them are a second copy of
-    the token embeddings, which is none where both lie in the same memory. `n_ff` is the widest feed-forward layer, experts in use included.
+    `input_bytes` are the token embeddings (and the like) that llama.cpp keeps on the host.
+    `output_bytes` are the output matrix and final norms; `tied_bytes` of them are a second copy
+    of the token embeddings, which is none where both lie in the same memory. `n_ff` is the widest
+    feed-forward layer, experts in use included.
     """
 
     architecture: str
