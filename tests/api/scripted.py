@@ -99,8 +99,8 @@ class ScriptedService:
     """A `Service`. `gave_up` holds the ids of cancelled requests, `all_gave_up` is set when every
     request so far is among them; `on_plan` answers plans and changes."""
 
-    def __init__(self, script: Script = answers("Hello", " world")) -> None:
-        self.script = script
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or answers("Hello", " world")
         self.ready = True
         self.now = SERVING
         self.specs: list[GenerationSpec] = []
@@ -148,7 +148,13 @@ def ask(
     config: dict[str, Any] | None = None,
     **request: Any,
 ) -> httpx.Response:
-    """One request to an app without a server; `config` replaces fields of CONFIG."""
+    """One request to an app without a server; `config` replaces fields of CONFIG.
+
+    `json` may hold what httpx would not send, such as half of a surrogate pair.
+    """
+    if "json" in request:
+        request["content"] = json.dumps(request.pop("json"))
+        request["headers"] = {"content-type": "application/json", **request.get("headers", {})}
     app = create_app(service or ScriptedService(), replace(CONFIG, **(config or {})))
 
     async def send() -> httpx.Response:

@@ -56,9 +56,7 @@ def test_completion_whole():
         "created": int(NOW),
         "model": "llama-3-8b",
         "system_fingerprint": "fp_1",
-        "choices": [
-            {"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}
-        ],
+        "choices": [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}],
         "usage": USAGE,
     }
 
@@ -117,7 +115,9 @@ def test_empty_text_makes_no_chunk():
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", ""]
 
 
-@pytest.mark.parametrize("text", ['"\\\n\r\n\n', "\u2028\u2029\x85\x0b\x0c\x00", "né 漢字 🦙", "data: x"])
+@pytest.mark.parametrize(
+    "text", ['"\\\n\r\n\n', "\u2028\u2029\x85\x0b\x0c\x00", "né 漢字 🦙", "data: x"]
+)
 @pytest.mark.parametrize("send", [chat, complete])
 def test_any_text_survives_both_ways(send, text):
     whole = send(ScriptedService(answers(text))).json()["choices"][0]

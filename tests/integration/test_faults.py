@@ -74,7 +74,7 @@ BAD = [
     (["--model", "/nowhere/m.gguf"], 2, "/nowhere/m.gguf"),
     (["--model", "/tmp"], 2, "is a directory"),
     (["--model", "demo", "--ctx", "0"], 2, "--ctx: 0"),
-    (["--model", "demo", "--ctx", "-1"], 2, "--ctx: -1"),
+    (["--model", "demo", "--ctx", "-1"], 2, "--ctx: '-1'"),
     (["--model", "demo", "--ctx", "many"], 2, "--ctx: 'many'"),
     (["--model", "demo", "--ctx", "32769"], 2, "--ctx 32768 or less"),
     (["--model", "demo", "--cache-type", "q9_0"], 2, "q8_0"),
