@@ -1,5 +1,6 @@
 """The command line: typer commands that hand over to one module each, loaded when called."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -121,6 +122,53 @@ def logs(
     from kvserve.cli.control import show_logs  # noqa: PLC0415
 
     show_logs(port, state_dir, worker=worker, follow=follow)
+
+
+@app.command()
+@explained
+def bench(
+    *,
+    url: Annotated[
+        str | None, typer.Option("--url", help="A running OpenAI-compatible server, with /v1.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Start servers on this GGUF instead.")
+    ] = None,
+    versus: Annotated[
+        list[str] | None,
+        typer.Option("--versus", help="llama-server=PATH and its flags; may be repeated."),
+    ] = None,
+    streams: Annotated[str, typer.Option("--streams", help="Loads, by commas.")] = "1,4,8",
+    requests: Annotated[int, typer.Option("--requests", help="Requests of each stream.")] = 2,
+    prompt_words: Annotated[int, typer.Option("--prompt-words")] = 112,
+    shared_words: Annotated[int, typer.Option("--shared-words", help="Common prefix.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 128,
+    cache_type: Annotated[str, typer.Option("--cache-type", help="For all servers.")] = "f16",
+    threads: Annotated[int | None, typer.Option("--threads")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without the GPU.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write a plot here.")] = None,
+    as_json: flags.Json = False,
+) -> None:
+    """Measure throughput and latency under load, beside llama-server where asked."""
+    from kvserve.cli.benching import BenchOptions, bench  # noqa: PLC0415
+
+    bench(
+        BenchOptions(
+            url=url,
+            model=model,
+            versus=tuple(versus or ()),
+            streams=tuple(int(count) for count in streams.split(",")),
+            requests=requests,
+            prompt_words=prompt_words,
+            shared_words=shared_words,
+            max_tokens=max_tokens,
+            cache_type=cache_type,
+            threads=threads,
+            cpu=cpu,
+            svg=svg,
+            as_json=as_json,
+        )
+    )
 
 
 def main() -> None:

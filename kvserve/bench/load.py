@@ -1,0 +1,176 @@
+"""Closed-loop load on an OpenAI-compatible server: each stream asks, waits, and asks again."""
+
+import asyncio
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+
+_TEXT = (
+    "river stone cloud green apple zebra house light water paper glass north music table "
+    "winter summer garden window silver copper engine planet letter number forest island "
+    "market bridge castle driver farmer singer doctor orange yellow purple circle square"
+)
+WORDS = _TEXT.split()
+"""One token each in the common vocabularies, near enough to size a prompt by words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What each stream does. `shared_words` is the length of a prefix that all prompts have."""
+
+    streams: int
+    requests_per_stream: int
+    prompt_words: int
+    max_tokens: int
+    shared_words: int = 0
+    seed: int = 0
+
+    def prompt(self, n: int) -> str:
+        """The n-th prompt: its own words after the shared ones."""
+        shared = random.Random(self.seed).choices(WORDS, k=self.shared_words)  # noqa: S311
+        own = random.Random(f"{self.seed} {n}").choices(  # noqa: S311
+            WORDS, k=self.prompt_words - self.shared_words
+        )
+        return " ".join([*shared, *own])
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One streamed answer. Times are seconds; `gaps` lie between its chunks."""
+
+    ttft: float
+    seconds: float
+    n_tokens: int
+    n_prompt_tokens: int
+    n_cached_tokens: int
+    gaps: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole run. `tokens_per_second` counts generated tokens over the run's wall time;
+    `stream_tps` is the median stream's rate between its first and last token."""
+
+    load: Load
+    seconds: float
+    n_tokens: int
+    n_failed: int
+    tokens_per_second: float
+    stream_tps: float
+    ttft_p50: float
+    ttft_p99: float
+    gap_p50: float
+    gap_p99: float
+    n_prompt_tokens: int
+    n_cached_tokens: int
+
+
+async def run(url: str, load: Load, *, model: str = "default", api_key: str = "none") -> Result:
+    """Put the load on `url` (with `/v1`). Answers that fail are counted, not raised."""
+    answers: list[Answer] = []
+    failures: list[str] = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.streams)
+    async with httpx.AsyncClient(
+        base_url=url,
+        headers={"authorization": f"Bearer {api_key}"},
+        timeout=httpx.Timeout(600.0),
+        limits=limits,
+        trust_env=False,
+    ) as client:
+
+        async def stream(index: int) -> None:
+            for turn in range(load.requests_per_stream):
+                prompt = load.prompt(index * load.requests_per_stream + turn)
+                try:
+                    answers.append(await _ask(client, model, prompt, load.max_tokens))
+                except (httpx.HTTPError, ValueError, KeyError) as error:
+                    failures.append(f"{type(error).__name__}: {error}")
+
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for index in range(load.streams):
+                group.create_task(stream(index))
+        seconds = time.perf_counter() - began
+    return summarize(load, answers, len(failures), seconds)
+
+
+async def _ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Answer:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began = time.perf_counter()
+    arrivals: list[float] = []
+    usage: dict[str, object] = {}
+    async with client.stream("POST", "/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise ValueError(str(chunk["error"]))
+            usage = chunk.get("usage") or usage
+            if any(choice.get("text") for choice in chunk.get("choices", ())):
+                arrivals.append(time.perf_counter())
+    if not arrivals:
+        raise ValueError("an answer without text")
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
+    return Answer(
+        ttft=arrivals[0] - began,
+        seconds=arrivals[-1] - arrivals[0],
+        n_tokens=_count(usage.get("completion_tokens"), len(arrivals)),
+        n_prompt_tokens=_count(usage.get("prompt_tokens"), 0),
+        n_cached_tokens=_count(cached, 0),
+        gaps=tuple(b - a for a, b in itertools.pairwise(arrivals)),
+    )
+
+
+def summarize(load: Load, answers: Sequence[Answer], n_failed: int, seconds: float) -> Result:
+    """Put the answers of a run together. Raises ValueError where there is none."""
+    if not answers:
+        raise ValueError("no request was answered")
+    gaps = sorted(gap for answer in answers for gap in answer.gaps)
+    ttfts = sorted(answer.ttft for answer in answers)
+    rates = [(a.n_tokens - 1) / a.seconds for a in answers if a.seconds > 0]
+    n_tokens = sum(answer.n_tokens for answer in answers)
+    return Result(
+        load=load,
+        seconds=seconds,
+        n_tokens=n_tokens,
+        n_failed=n_failed,
+        tokens_per_second=n_tokens / seconds,
+        stream_tps=statistics.median(rates) if rates else 0.0,
+        ttft_p50=quantile(ttfts, 0.5),
+        ttft_p99=quantile(ttfts, 0.99),
+        gap_p50=quantile(gaps, 0.5),
+        gap_p99=quantile(gaps, 0.99),
+        n_prompt_tokens=sum(answer.n_prompt_tokens for answer in answers),
+        n_cached_tokens=sum(answer.n_cached_tokens for answer in answers),
+    )
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of an ordered sequence lies (nearest rank); 0 for none."""
+    if not ordered:
+        return 0.0
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _count(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise

@@ -1,0 +1,93 @@
+"""`kvserve bench`: load on a running server, or on kvserve and llama-server by turns."""
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvserve.bench import load as loads
+from kvserve.bench import servers
+from kvserve.bench.report import plot, table
+from kvserve.cli.models import open_model
+from kvserve.core.dtypes import parse_pair
+from kvserve.errors import UsageError
+from kvserve.settings import load_settings
+
+WARM_UP = loads.Load(streams=1, requests_per_stream=1, prompt_words=64, max_tokens=8, seed=99)
+_TEMPLATE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What is measured. `versus` are `llama-server=PATH` and further flags after it."""
+
+    url: str | None
+    model: str | None
+    versus: tuple[str, ...]
+    streams: tuple[int, ...]
+    requests: int
+    prompt_words: int
+    shared_words: int
+    max_tokens: int
+    cache_type: str
+    threads: int | None
+    cpu: bool
+    svg: Path | None
+    as_json: bool
+
+
+def bench(options: BenchOptions) -> None:
+    """Measure and print. Servers that are started here take turns at each load, each alone."""
+    series: dict[str, list[loads.Result]] = {}
+    for streams in options.streams:
+        load = loads.Load(
+            streams=streams,
+            requests_per_stream=options.requests,
+            prompt_words=options.prompt_words,
+            shared_words=options.shared_words,
+            max_tokens=options.max_tokens,
+        )
+        if options.url is not None:
+            series.setdefault(options.url, []).append(_measure(options.url, load))
+            continue
+        for server in _servers(options, load):
+            with servers.running(server) as url:
+                series.setdefault(server.name, []).append(_measure(url, load))
+    if options.as_json:
+        print(json.dumps({name: [asdict(r) for r in rs] for name, rs in series.items()}, indent=1))
+    else:
+        print(table(series))
+    if options.svg is not None:
+        options.svg.write_text(plot(series))
+
+
+def _measure(url: str, load: loads.Load) -> loads.Result:
+    asyncio.run(loads.run(url, WARM_UP))
+    return asyncio.run(loads.run(url, load))
+
+
+def _servers(options: BenchOptions, load: loads.Load) -> list[servers.Server]:
+    if options.model is None:
+        raise UsageError("nothing to measure: add --url URL, or --model FILE", param="model")
+    pair = parse_pair(options.cache_type)
+    each = load.prompt_words + load.max_tokens + _TEMPLATE_TOKENS
+    settings = servers.Settings(
+        model=str(open_model(load_settings({"model": options.model})).file.path),
+        n_ctx=-(-each * load.streams // 256) * 256,
+        n_parallel=load.streams,
+        cache_type_k=pair.k,
+        cache_type_v=pair.v,
+        n_threads=options.threads,
+        gpu_layers=0 if options.cpu else 999,
+    )
+    started = [servers.kvserve(settings)]
+    for rival in options.versus:
+        name, equals, rest = rival.partition("=")
+        if name != "llama-server" or not equals:
+            raise UsageError(
+                f"--versus {rival}: write llama-server=PATH, with further flags after it",
+                param="versus",
+            )
+        program, *modes = rest.split()
+        started.append(servers.llama_server(program, settings, modes))
+    return started
