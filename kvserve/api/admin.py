@@ -30,11 +30,13 @@ def admin_router(service: Service, config: ApiConfig) -> APIRouter:
 
     @router.get("/plan")
     async def plan(ctx: str = Query("max", description="Tokens, or `max`.")) -> dict[str, Any]:
-        return plan_document(await service.plan(_parse_ctx(ctx)))
+        digits = ctx.isascii() and ctx.isdecimal() and len(ctx) <= 10
+        n_ctx = _context(int(ctx) if digits else ctx, param="ctx")
+        return plan_document(await service.plan(n_ctx))
 
     @router.post("/context")
     async def context(body: ContextRequest) -> dict[str, Any]:
-        n_ctx = None if body.n_ctx == "max" else body.n_ctx
+        n_ctx = _context(body.n_ctx, param="n_ctx")
         return reload_document(await service.change_context(n_ctx))
 
     return router
@@ -73,10 +75,10 @@ def _readiness(service: Service, config: ApiConfig) -> Response:
     )
 
 
-def _parse_ctx(text: str) -> int | None:
-    """Tokens, or None for `max`."""
-    if text == "max":
+def _context(value: object, *, param: str) -> int | None:
+    """Tokens, or None for "max"."""
+    if value == "max":
         return None
-    if text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= INT32_MAX:
-        return int(text)
-    raise InvalidRequest("ctx is a number of tokens from 1, or max", param="ctx")
+    if type(value) is int and 1 <= value <= INT32_MAX:
+        return value
+    raise InvalidRequest(f"{param} is a number of tokens from 1, or max", param=param)

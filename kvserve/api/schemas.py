@@ -97,4 +97,4 @@ class ContextRequest(_Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    n_ctx: Count | Literal["max"]
+    n_ctx: Any
