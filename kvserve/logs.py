@@ -67,6 +67,7 @@ def configure_logs(
     for name in _UVICORN:
         logger = logging.getLogger(name)
         logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
         logger.propagate = True
     structlog.configure(
         processors=[
