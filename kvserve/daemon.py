@@ -84,6 +84,7 @@ async def serve(
         drain_timeout=settings.drain_timeout,
         load_timeout=settings.load_timeout,
         step_timeout=settings.step_timeout,
+        growth=settings.growth(prepared.model.shape.n_ctx_train),
     )
     supervisor = Supervisor(
         prepared.plan, policy, ProcessSpawner(listening.paths.worker_log), prepared.planner

@@ -75,12 +75,10 @@ def _check(body: GenerationRequest, service: Service, config: ApiConfig) -> None
         _check_model(body.model, config)
     wanted = None if body.kvserve is None else body.kvserve.ctx
     plan = None if wanted is None else service.status().plan
-    if wanted is None or plan is None:
-        return
-    n_ctx = plan.chosen.launch.n_ctx
-    if wanted > n_ctx:
+    if wanted is not None and plan is not None and wanted > plan.shape.n_ctx_train:
         raise InvalidRequest(
-            f"the context is {n_ctx} tokens, not {wanted}: run kvserve reload --ctx {wanted} first",
+            f"the model was trained for {plan.shape.n_ctx_train} tokens, not {wanted}: ask for "
+            "that many or fewer",
             param="kvserve.ctx",
         )
 

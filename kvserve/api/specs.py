@@ -114,6 +114,7 @@ def _spec(body: GenerationRequest, prompt: Prompt, max_tokens: int | None) -> Ge
         min_tokens=min_tokens,
         stop=_stops(body.stop),
         ignore_eos=bool(body.ignore_eos),
+        min_ctx=(body.kvserve.ctx or 0) if body.kvserve is not None else 0,
     )
 
 

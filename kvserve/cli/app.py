@@ -44,6 +44,9 @@ def plan(*, config: flags.Config = None, as_json: flags.Json = False, **given: o
 @flags.takes_settings(
     *flags.SHARED,
     "max_ctx",
+    "adapt",
+    "shrink_after",
+    "min_reload_interval",
     "host",
     "port",
     "threads",

@@ -7,6 +7,7 @@ import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
+from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend, Host, Machine
 from kvserve.core.plan import Request
 from kvserve.errors import UsageError
@@ -48,7 +49,23 @@ class Settings(BaseModel):
         "auto", description="Layers on the GPU, the output layer counted as one; 0 for none."
     )
     max_ctx: values.ContextLimit = Field(
-        None, description="The context never grows beyond this many tokens."
+        None,
+        description="The context never grows beyond this many tokens; the model's own length "
+        "otherwise.",
+    )
+    adapt: Annotated[
+        Literal["off", "grow", "full"], BeforeValidator(values.choice("off", "grow", "full"))
+    ] = Field(
+        "grow",
+        description="What a request that needs more context than there is may cause: `off` refuses "
+        "it, `grow` reloads with the next power of two and other KV types, `full` also goes back "
+        "to `ctx` after a time without need.",
+    )
+    shrink_after: values.Seconds = Field(
+        600.0, description="With `adapt = full`, the time without need after which it goes back."
+    )
+    min_reload_interval: values.Seconds = Field(
+        30.0, description="Least time between a reload that shrinks and one that grows, or back."
     )
     threads: values.Threads = Field(
         "auto", description="CPU threads; `auto` takes the physical cores that are allowed."
@@ -147,6 +164,15 @@ class Settings(BaseModel):
                 "add --api-key KEY, or --insecure if that is meant",
                 param="host",
             )
+
+    def growth(self, n_ctx_train: int) -> GrowthPolicy:
+        """Return when the context of a model trained for `n_ctx_train` tokens moves by itself."""
+        return GrowthPolicy(
+            adapt=Adapt(self.adapt),
+            max_ctx=min(self.max_ctx or n_ctx_train, n_ctx_train),
+            shrink_after=self.shrink_after,
+            min_interval=self.min_reload_interval,
+        )
 
     def n_threads(self, host: Host) -> int:
         """Return the CPU threads to use on this host."""

@@ -16,7 +16,9 @@ from kvserve.ipc.messages import Generate, Prompt, Sampling
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """What a caller wants generated; the fields are those of `ipc.messages.Generate`."""
+    """What a caller wants generated; the fields are those of `ipc.messages.Generate`.
+
+    `min_ctx` is the least context in tokens that may serve it."""
 
     prompt: Prompt
     sampling: Sampling
@@ -24,6 +26,7 @@ class GenerationSpec:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_ctx: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class Ticket:
 
 @dataclass(slots=True)
 class Job:
-    """The supervisor's record of one request. `tokens` are all ids generated so far."""
+    """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
+    is the context that it cannot do without, as far as is known."""
 
     id: int
     spec: GenerationSpec
@@ -108,6 +112,7 @@ class Job:
     submitted_at: float
     deadline: float | None
     tokens: list[int] = field(default_factory=list)
+    needs_ctx: int = 0
     n_crashes: int = 0
     announced: bool = False
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.plan import Launch, Plan
 from kvserve.ipc.messages import Load, Loaded
 from kvserve.supervisor.states import Attempt, Worker
@@ -37,6 +38,9 @@ class Planner(Protocol):
         ...
 
 
+NO_GROWTH = GrowthPolicy(Adapt.OFF, max_ctx=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Limits, in seconds where not said otherwise; `request_timeout` None is no limit."""
@@ -50,6 +54,7 @@ class Policy:
     pause_timeout: float = 10.0
     load_timeout: float = 600.0
     step_timeout: float = 120.0
+    growth: GrowthPolicy = NO_GROWTH
 
 
 def load_message(attempt: Attempt, policy: Policy) -> Load:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import structlog
 
+from kvserve.core.growth import Adapt, Reloads, grown, may_grow_now, shrunk
 from kvserve.core.lifecycle import Event, Phase, advance
 from kvserve.core.plan import Plan
 from kvserve.errors import KvserveError, NotReady, ReloadInProgress, WorkerFailed
@@ -30,6 +31,7 @@ from kvserve.ipc.messages import (
     Step,
 )
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
+from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.recovery import (
     Failure,
@@ -69,15 +71,16 @@ from kvserve.supervisor.states import (
     plan_of,
     worker_of,
 )
-from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
+from kvserve.supervisor.status import Measured, ReloadOutcome, Status
 
 log = structlog.get_logger(__name__)
 
 TICK_SECONDS = 0.25
 LEAVE_SECONDS = 10.0
+ANSWER_TOKENS = 256
+"""Room for an answer that a refusal adds to the context it recommends."""
 STOP_GRACE_SECONDS = 5.0
 STOP_KILL_SECONDS = 7.5
-KEPT_RELOADS = 50
 
 
 class Supervisor:
@@ -103,15 +106,18 @@ class Supervisor:
         self._requests = Requests(policy.queue_limit)
         self._state: State = Idle(Attempt(first, "start"), start_at=clock())
         self._measured: Measured | None = None
-        self._reloads: list[ReloadRecord] = []
+        self._history = History(wall_clock)
         self._planning = False
         self._streak = 0
         self._answered_at_load = 0
         self._heard_at = clock()
-        self._began_at = wall_clock()
-        self._started_at = wall_clock()
-        self._n_deaths = 0
-        self._engine: str | None = None
+        self._reloaded = Reloads(
+            asked_ctx=first.chosen.launch.n_ctx,
+            n_ctx=first.chosen.launch.n_ctx,
+            changed_at=clock(),
+            went_down=False,
+            needed_at=clock(),
+        )
         loop = asyncio.get_running_loop()
         self.first_ready: asyncio.Future[None] = loop.create_future()
         self.stopped: asyncio.Future[None] = loop.create_future()
@@ -159,18 +165,18 @@ class Supervisor:
             measured=self._measured if loaded else None,
             load_fraction=state.fraction if isinstance(state, Loading) else None,
             template=loaded.template if loaded else None,
-            engine=self._engine,
+            engine=self._history.engine,
             worker_pid=worker.pid if worker else None,
-            n_waiting=len(self._requests.line),
+            n_waiting=self._requests.n_waiting,
             n_running=len(self._requests.running),
             n_answered=self._requests.n_answered,
             n_failed=self._requests.n_failed,
-            n_worker_deaths=self._n_deaths,
+            n_worker_deaths=self._history.n_worker_deaths,
             n_cells_used=self._requests.n_cells_used if loaded else 0,
             error=failing.error.message if failing else None,
             retry_at=self._wall_clock() + failing.retry_at - self._clock() if failing else None,
-            reloads=tuple(self._reloads),
-            started_at=self._started_at,
+            reloads=self._history.reloads,
+            started_at=self._history.started_at,
         )
 
     # The loop.
@@ -251,18 +257,20 @@ class Supervisor:
         match self._state:
             case Idle(attempt, start_at=float(start_at)) as idle if now >= start_at:
                 self._update(replace(idle, start_at=None))
-                self._began_at = self._wall_clock()
+                self._history.spawning()
                 self._beside(self._spawn(attempt))
             case Loading(worker, heard_at=heard_at):
                 if now - heard_at > self._policy.load_timeout:
                     log.error("worker hangs while loading", pid=worker.pid)
                     worker.kill()
-            case Serving(worker, attempt):
+            case Serving(worker, attempt, loaded) as serving:
                 if not self._requests.running:
                     self._heard_at = now
                 # Twice the batch: the next prompts are tokenized before a place is free.
-                self._requests.dispatch(worker, 2 * attempt.plan.chosen.launch.n_parallel)
+                places = 2 * attempt.plan.chosen.launch.n_parallel
+                self._requests.dispatch(worker, places, loaded.n_ctx)
                 self._kill_if_hung(worker, now)
+                self._adapt(serving, now)
             case Draining() as draining:
                 self._drain(draining, now)
             case Leaving(worker, kill_at=kill_at) if now >= kill_at:
@@ -330,7 +338,7 @@ class Supervisor:
         self._heard_at = self._clock()
         match message, self._state:
             case Hello(), _:
-                self._engine = f"{message.engine} {message.engine_version}"
+                self._history.engine = f"{message.engine} {message.engine_version}"
             case Progress(), Loading() as state:
                 self._update(replace(state, fraction=message.fraction, heard_at=self._heard_at))
             case Loaded(), Loading() as state:
@@ -344,10 +352,11 @@ class Supervisor:
                 cache_type = str(attempt.plan.chosen.launch.pair)
                 mark = fingerprint(attempt.plan, self._policy)
                 self._requests.started(message, loaded.n_ctx, cache_type, mark)
-            case NeedsContext(), Serving(loaded=loaded) | Draining(loaded=loaded):
-                self._requests.too_long(message, loaded.n_ctx, loaded.n_ctx_train)
+            case NeedsContext(), _:
+                self._requests.park(message)
             case Step(), _:
                 self._requests.step(message)
+                self._note_need(message)
             case Failed(), _:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
@@ -361,7 +370,7 @@ class Supervisor:
         self._move(Event.LOADED, Serving(state.worker, attempt, message))
         self._answered_at_load = self._requests.n_answered
         self._beside(self._weigh(state.worker, attempt.plan, message))
-        self._record(attempt, "done" if attempt.failure is None else "rolled_back")
+        self._history.record(attempt, "done" if attempt.failure is None else "rolled_back")
         launch = attempt.plan.chosen.launch
         log.info(
             "serving",
@@ -372,11 +381,19 @@ class Supervisor:
         )
         if not self.first_ready.done():
             self.first_ready.set_result(None)
+        before = self._reloaded
+        self._reloaded = replace(
+            before,
+            n_ctx=message.n_ctx,
+            changed_at=self._clock(),
+            went_down=message.n_ctx < before.n_ctx,
+        )
         if attempt.change is not None:
             error = attempt.failure and WorkerFailed(
                 f"{attempt.failure}; went back to {launch.pair} at {message.n_ctx} tokens"
             )
-            self._answer(attempt.change, error or attempt.plan)
+            self._finish(attempt.change, error or attempt.plan)
+        self._requests.unpark(message.n_ctx)
 
     async def _weigh(self, worker: Worker, plan: Plan, loaded: Loaded) -> None:
         self.post(Weighed(worker, await self._planner.weigh(plan, loaded, worker.pid)))
@@ -388,7 +405,7 @@ class Supervisor:
             case Loading() as state:
                 self._on_load_lost(state, exit_)
             case Serving(attempt=attempt):
-                self._n_deaths += 1
+                self._history.n_worker_deaths += 1
                 log.error("worker died", cause=exit_.cause, last_words=exit_.last_words[-500:])
                 if self._requests.n_answered > self._answered_at_load:
                     self._streak = 0
@@ -396,7 +413,7 @@ class Supervisor:
                 failure = Failure(f"the worker died: {exit_.cause}")
                 self._on_attempt_failed(replace(attempt, fallback=None, change=None), failure)
             case Draining(following=following):
-                self._n_deaths += 1
+                self._history.n_worker_deaths += 1
                 self._requests.worker_died(exit_.cause)
                 self._move(Event.LOST, Idle(following, start_at=self._clock()))
             case Leaving(following=following):
@@ -429,8 +446,8 @@ class Supervisor:
         else:
             self._move(Event.LOST, idle)
         if attempt.change is not None and following.attempt.change is None:
-            self._record(attempt, "failed", failure.message)
-            self._answer(attempt.change, failure.error or WorkerFailed(failure.message))
+            self._history.record(attempt, "failed", failure.message)
+            self._finish(attempt.change, failure.error or WorkerFailed(failure.message))
         if isinstance(following, GiveUp):
             error = following.error
             log.error("giving up for now", error=error.message, retry_after=following.retry_after)
@@ -472,16 +489,16 @@ class Supervisor:
         self._planning = False
         state = self._state
         if isinstance(result, KvserveError):
-            self._answer(change, result)
+            self._finish(change, result)
         elif isinstance(state, Serving):
             attempt = state.attempt
             if result.chosen.launch == attempt.plan.chosen.launch:
                 self._update(replace(state, attempt=replace(attempt, plan=result)))
-                self._answer(change, result)
+                self._finish(change, result)
                 return
             following = Attempt(
                 plan=result,
-                reason="context",
+                reason=change.reason,
                 extra_buffers=attempt.extra_buffers,
                 fallback=attempt.plan,
                 change=change,
@@ -495,7 +512,7 @@ class Supervisor:
             attempt = replace(state.attempt, plan=result, replan=False, change=change)
             self._move(Event.RETRY, Idle(attempt, start_at=self._clock()))
         else:
-            self._answer(change, NotReady("the worker was lost meanwhile; try again"))
+            self._finish(change, NotReady("the worker was lost meanwhile; try again"))
 
     def _drain(self, state: Draining, now: float) -> None:
         if not self._requests.running and state.kill_at is None:
@@ -513,8 +530,15 @@ class Supervisor:
         kill_at = self._clock() + LEAVE_SECONDS
         self._move(Event.DRAINED, Leaving(state.worker, state.following, kill_at=kill_at))
 
-    def _answer(self, change: Change, result: Plan | KvserveError) -> None:
-        if change.answer.done():  # the caller hung up
+    def _finish(self, change: Change, result: Plan | KvserveError) -> None:
+        """A change came to its end: tell whoever asked for it, or the requests that needed it."""
+        if isinstance(result, Plan) and change.reason == "context":
+            n_ctx = result.chosen.launch.n_ctx
+            self._reloaded = replace(self._reloaded, asked_ctx=n_ctx, n_ctx=n_ctx)
+        if isinstance(result, KvserveError) and change.reason == "grow":
+            for job in list(self._requests.parked.values()):
+                self._requests.refuse(job, self._reloaded.n_ctx, result.message)
+        if change.answer is None or change.answer.done():  # nobody asked, or they hung up
             return
         if isinstance(result, KvserveError):
             change.answer.set_exception(result)
@@ -523,23 +547,41 @@ class Supervisor:
         seconds = self._wall_clock() - change.started_at
         change.answer.set_result(ReloadOutcome(result, changed=changed, seconds=seconds))
 
-    def _record(self, attempt: Attempt, outcome: str, detail: str | None = None) -> None:
-        change = attempt.change
-        before = change.previous.chosen.launch if change else None
-        launch = attempt.plan.chosen.launch
-        began_at = change.started_at if change else self._began_at
-        record = ReloadRecord(
-            reason=attempt.reason,
-            started_at=began_at,
-            seconds=self._wall_clock() - began_at,
-            outcome=outcome,
-            from_cache_type=str(before.pair) if before else None,
-            from_n_ctx=before.n_ctx if before else None,
-            to_cache_type=str(launch.pair),
-            to_n_ctx=launch.n_ctx,
-            detail=detail or attempt.failure,
+    def _adapt(self, state: Serving, now: float) -> None:
+        """Move the context unasked: up for parked requests, down after a time without need."""
+        policy, facts = self._policy.growth, self._reloaded
+        if self._planning:
+            return
+        targets = []
+        for job in list(self._requests.parked.values()):
+            target = grown(job.needs_ctx, policy)
+            if target is not None and target > facts.n_ctx:
+                targets.append(target)
+            elif policy.adapt is not Adapt.OFF:
+                self._requests.refuse(job, policy.max_ctx, "use a shorter prompt")
+            else:
+                remedy = f"shorten it, or `kvserve reload --ctx {job.needs_ctx + ANSWER_TOKENS}`"
+                self._requests.refuse(job, facts.n_ctx, remedy)
+        if targets and may_grow_now(now, facts, policy):
+            self._change_unasked(state, max(targets), "grow")
+        elif not targets and not self._requests.running and not len(self._requests.line):
+            down = shrunk(now, facts, policy)
+            if down is not None:
+                self._change_unasked(state, down, "shrink")
+
+    def _change_unasked(self, state: Serving, n_ctx: int, reason: str) -> None:
+        log.info("context moves", reason=reason, from_n_ctx=state.loaded.n_ctx, to_n_ctx=n_ctx)
+        self._planning = True
+        change = Change(None, self._wall_clock(), state.attempt.plan, reason)
+        self._beside(self._plan_change(n_ctx, change))
+
+    def _note_need(self, message: Step) -> None:
+        """Remember when a request last needed more than the context that was asked for."""
+        longest = max(
+            (end.n_prompt_tokens + end.n_generated_tokens for end in message.ends), default=0
         )
-        self._reloads = [*self._reloads, record][-KEPT_RELOADS:]
+        if longest > self._reloaded.asked_ctx:
+            self._reloaded = replace(self._reloaded, needed_at=self._clock())
 
     def _returning_bytes(self) -> int:
         """What the present worker's end would free; the prediction until it was measured."""
@@ -556,12 +598,11 @@ class Supervisor:
         state = self._state
         now = self._clock()
         if (attempt := attempt_of(state)) is not None and attempt.change is not None:
-            self._answer(attempt.change, NotReady("the server is shutting down"))
+            self._finish(attempt.change, NotReady("the server is shutting down"))
         if isinstance(state, Idle | Failing):
             self._move(Event.STOP, Stopped())
         elif isinstance(state, Serving | Draining):
-            for job in self._requests.line.drain():
-                job.ticket.put(NotReady("the server is shutting down"))
+            self._requests.fail_waiting(NotReady("the server is shutting down"))
             shutdown_at = now + STOP_GRACE_SECONDS
             self._move(
                 Event.STOP, Stopping(state.worker, shutdown_at, kill_at=now + STOP_KILL_SECONDS)

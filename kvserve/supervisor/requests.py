@@ -21,11 +21,15 @@ MAX_CRASHES = 2
 
 
 class Requests:
-    """The waiting line and the running requests. Times are the clock's seconds."""
+    """The waiting line, the running requests, and those parked for a larger context.
+
+    Times are the clock's seconds.
+    """
 
     def __init__(self, queue_limit: int) -> None:
         self.line = WaitingLine(queue_limit)
         self.running: dict[int, Job] = {}
+        self.parked: dict[int, Job] = {}
         self.n_answered = 0
         self.n_failed = 0
         self.n_cells_used = 0
@@ -42,16 +46,29 @@ class Requests:
         else:
             self.line.append(job)
 
-    def dispatch(self, worker: Worker, limit: int) -> None:
-        """Hand waiting requests to the worker until it has `limit`."""
+    @property
+    def n_waiting(self) -> int:
+        """Requests that no worker has."""
+        return len(self.line) + len(self.parked)
+
+    def dispatch(self, worker: Worker, limit: int, n_ctx: int) -> None:
+        """Hand waiting requests to the worker until it has `limit`; park what asks for more
+        context than its `n_ctx`."""
         while len(self.line) and len(self.running) < limit:
             job = self.line.pop()
+            job.needs_ctx = max(job.needs_ctx, job.spec.min_ctx)
+            if job.needs_ctx > n_ctx:
+                self.parked[job.id] = job
+                continue
             self.running[job.id] = job
             worker.send(job.to_message())
 
     def cancel(self, request_id: int, worker: Worker | None) -> None:
         """Forget a request that its caller gave up."""
-        if self.line.remove(request_id) is not None:
+        if (
+            self.line.remove(request_id) is not None
+            or self.parked.pop(request_id, None) is not None
+        ):
             self.n_failed += 1
         elif self.running.pop(request_id, None) is not None:
             self.n_failed += 1
@@ -60,7 +77,7 @@ class Requests:
 
     def expire(self, now: float, worker: Worker | None) -> None:
         """Fail the requests whose time is up."""
-        everyone = [*self.line, *self.running.values()]
+        everyone = [*self.line, *self.parked.values(), *self.running.values()]
         for job in [j for j in everyone if j.deadline is not None and j.deadline <= now]:
             waited = now - job.submitted_at
             self.cancel(job.id, worker)
@@ -99,19 +116,29 @@ class Requests:
         if job is not None:
             self._fail(job, revive(message.code, message.message, param=message.param))
 
-    def too_long(self, message: NeedsContext, n_ctx: int, n_ctx_train: int) -> None:
-        """A prompt that the context cannot hold."""
+    def park(self, message: NeedsContext) -> Job | None:
+        """Set a request aside that the present context cannot hold, until another one can."""
         job = self.running.pop(message.id, None)
-        if job is None:
-            return
-        remedy = "use a shorter prompt"
-        if message.n_tokens < n_ctx_train:
-            remedy = f"shorten it, or `kvserve reload --ctx {message.n_tokens + 256}`"
+        if job is not None:
+            job.needs_ctx = message.n_tokens + 1
+            self.parked[job.id] = job
+        return job
+
+    def unpark(self, n_ctx: int) -> None:
+        """Put back in line what a context of `n_ctx` tokens can hold."""
+        ready = [job for job in self.parked.values() if job.needs_ctx <= n_ctx]
+        for job in ready:
+            del self.parked[job.id]
+        self.line.put_back(ready)
+
+    def refuse(self, job: Job, n_ctx: int, remedy: str) -> None:
+        """Fail a parked request: no context that may be had can hold it."""
+        self.parked.pop(job.id, None)
         self._fail(
             job,
             ContextLengthExceeded(
-                f"This model's maximum context length is {n_ctx} tokens, and the prompt has "
-                f"{message.n_tokens}: {remedy}",
+                f"This model's maximum context length is {n_ctx} tokens, and the request needs "
+                f"{job.needs_ctx}: {remedy}",
                 param="messages",
             ),
         )
@@ -133,9 +160,16 @@ class Requests:
         self.running.clear()
         self.line.put_back(survivors)
 
+    def fail_waiting(self, error: KvserveError) -> None:
+        """Nothing new can be taken up any more."""
+        for job in [*self.line.drain(), *self.parked.values()]:
+            self._fail(job, error)
+        self.parked.clear()
+
     def fail_all(self, error: KvserveError) -> None:
         """Nothing can be answered any more."""
-        for job in [*self.line.drain(), *self.running.values()]:
+        self.fail_waiting(error)
+        for job in self.running.values():
             self._fail(job, error)
         self.running.clear()
 

@@ -69,11 +69,13 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of context under way: who waits for it, since when, and what it replaces."""
+    """A change of context under way: who waits for it (None: nobody, a request needed it), since
+    when, what it replaces, and why."""
 
-    answer: asyncio.Future[ReloadOutcome]
+    answer: asyncio.Future[ReloadOutcome] | None
     started_at: float
     previous: Plan
+    reason: str = "context"
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,13 +182,15 @@ def test_names_of_the_model(name):
 
 def test_kvserve_options():
     options = {"ctx": 32768, "task": "code"}
-    assert spec_of(chat, kvserve=options) == spec_of(chat, kvserve={}) == spec_of(chat)
+    assert spec_of(chat, kvserve=options).min_ctx == 32768
+    assert spec_of(chat, kvserve={}) == spec_of(chat)
+    assert spec_of(chat).min_ctx == 0
 
 
-def test_a_context_above_the_one_in_force_says_how_to_get_it():
-    error = chat(kvserve={"ctx": 32769}).json()["error"]
+def test_a_context_above_the_models_names_the_models():
+    error = chat(kvserve={"ctx": 131073}).json()["error"]
     assert error["param"] == "kvserve.ctx"
-    assert "kvserve reload --ctx 32769" in error["message"]
+    assert "the model was trained for 131072 tokens" in error["message"]
 
 
 UNSUPPORTED = [

@@ -503,7 +503,7 @@ def test_what_the_worker_refuses_reaches_the_caller_in_its_own_class() -> None:
         await stage.settle()
         assert isinstance(long.error, ContextLengthExceeded)
         assert "maximum context length is 16384 tokens" in long.error.message
-        assert "kvserve reload --ctx 20256" in long.error.message
+        assert "kvserve reload --ctx 20257" in long.error.message
         assert isinstance(bad.error, InvalidRequest)
         assert bad.error.param == "prompt"
         await stage.end()

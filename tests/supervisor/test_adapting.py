@@ -1,0 +1,224 @@
+"""The context that moves by itself: up for a request, down after a time without need."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from kvserve.core.growth import Adapt, GrowthPolicy
+from kvserve.core.lifecycle import Phase
+from kvserve.errors import ContextLengthExceeded, DoesNotFit
+from kvserve.ipc.messages import LoadFailed, NeedsContext
+from tests.supervisor.stage import SPEC, FakeWorker, Generate, Stage, play
+
+FULL = GrowthPolicy(Adapt.FULL, max_ctx=65536)
+GROW = replace(FULL, adapt=Adapt.GROW)
+
+
+async def turn_over(stage: Stage, old: FakeWorker) -> FakeWorker:
+    """Let the drained worker leave and its successor load."""
+    await stage.settle()
+    old.die()
+    await stage.settle()
+    stage.worker.load()
+    await stage.settle()
+    return stage.worker
+
+
+def test_a_prompt_that_needs_more_is_answered_by_a_larger_context() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        long, short = await stage.submit(), await stage.submit()
+        old.say(NeedsContext(id=long.id, n_tokens=20000))
+        old.answer(short.id, 1, done=True)
+        await stage.settle()
+        assert stage.supervisor.status().n_waiting == 1
+        new = await turn_over(stage, old)
+        assert new.launch.n_ctx == 32768
+        assert str(new.launch.pair) == "q8_0:q8_0"
+        assert [g.id for g in new.of_kind(Generate)] == [long.id]
+        new.started(long.id)
+        new.answer(long.id, 1, done=True)
+        await stage.settle()
+        assert long.done is not None
+        assert long.served[0].n_ctx == 32768
+        assert stage.supervisor.status().reloads[-1].reason == "grow"
+        await stage.end()
+
+    play(story)
+
+
+def test_a_prompt_of_exactly_the_context_grows_too() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit()
+        old.say(NeedsContext(id=caller.id, n_tokens=16384))
+        new = await turn_over(stage, old)
+        assert new.launch.n_ctx == 32768
+        await stage.end()
+
+    play(story)
+
+
+def test_a_request_that_asks_for_a_context_gets_it_before_it_starts() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit(replace(SPEC, min_ctx=30000))
+        assert old.of_kind(Generate) == []
+        new = await turn_over(stage, old)
+        assert [g.id for g in new.of_kind(Generate)] == [caller.id]
+        await stage.end()
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("policy", "n_tokens", "words"),
+    [
+        (GROW, 65536, "maximum context length is 65536 tokens, and the request needs 65537"),
+        (replace(GROW, adapt=Adapt.OFF), 20000, "kvserve reload --ctx 20257"),
+    ],
+)
+def test_what_may_not_be_grown_to_is_refused_with_the_numbers(
+    policy: GrowthPolicy, n_tokens: int, words: str
+) -> None:
+    async def story() -> None:
+        stage = Stage(growth=policy)
+        worker = await stage.serving()
+        caller = await stage.submit()
+        worker.say(NeedsContext(id=caller.id, n_tokens=n_tokens))
+        await stage.settle()
+        assert isinstance(caller.error, ContextLengthExceeded)
+        assert words in caller.error.message
+        assert stage.supervisor.ready
+        await stage.end()
+
+    play(story)
+
+
+def test_a_growth_that_does_not_fit_is_refused_with_what_does() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        worker = await stage.serving()
+        caller = await stage.submit()
+        nearest = "nearest: --ctx 18944 fits with f16:f16"
+        stage.planner.error = DoesNotFit(nearest, needed_bytes=2, free_bytes=1)
+        worker.say(NeedsContext(id=caller.id, n_tokens=20000))
+        await stage.settle()
+        assert isinstance(caller.error, ContextLengthExceeded)
+        assert nearest in caller.error.message
+        assert "maximum context length is 16384" in caller.error.message
+        assert stage.supervisor.ready
+        await stage.end()
+
+    play(story)
+
+
+def test_a_growth_that_cannot_be_loaded_is_rolled_back_and_refused() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit()
+        old.say(NeedsContext(id=caller.id, n_tokens=20000))
+        await stage.settle()
+        old.die()
+        await stage.settle()
+        stage.worker.say(LoadFailed(message="out of memory", out_of_memory=True))
+        await stage.settle()
+        stage.worker.load()
+        await stage.settle()
+        assert isinstance(caller.error, ContextLengthExceeded)
+        assert "out of memory" in caller.error.message
+        assert stage.supervisor.status().plan.chosen.launch.n_ctx == 16384
+        await stage.end()
+        assert caller.n_ends == 1
+
+    play(story)
+
+
+def test_after_a_time_without_need_the_context_goes_back() -> None:
+    async def story() -> None:
+        stage = Stage(growth=FULL, request_timeout=None, step_timeout=1e9)
+        old = await stage.serving()
+        caller = await stage.submit()
+        old.say(NeedsContext(id=caller.id, n_tokens=20000))
+        large = await turn_over(stage, old)
+        await stage.pass_time(700)
+        # A running request keeps the context, and one that needed it renews the wait.
+        assert stage.supervisor.ready
+        large.answer(caller.id, *range(20000), done=True)
+        await stage.settle()
+        await stage.pass_time(599)
+        assert stage.supervisor.ready
+        await stage.pass_time(2)
+        assert stage.supervisor.status().phase is Phase.LEAVING
+        small = await turn_over(stage, large)
+        assert small.launch.n_ctx == 16384
+        assert stage.supervisor.status().reloads[-1].reason == "shrink"
+        await stage.pass_time(10_000)
+        assert stage.worker is small
+        await stage.end()
+
+    play(story)
+
+
+def test_growth_right_after_a_shrink_waits() -> None:
+    async def story() -> None:
+        stage = Stage(growth=replace(FULL, shrink_after=0.0, min_interval=30.0))
+        old = await stage.serving()
+        caller = await stage.submit()
+        old.say(NeedsContext(id=caller.id, n_tokens=20000))
+        large = await turn_over(stage, old)
+        large.answer(caller.id, 1, done=True)
+        await stage.settle()
+        await stage.pass_time(31)
+        small = await turn_over(stage, large)
+        again = await stage.submit()
+        small.say(NeedsContext(id=again.id, n_tokens=20000))
+        await stage.settle()
+        await stage.pass_time(29)
+        assert stage.supervisor.ready
+        assert again.error is None
+        await stage.pass_time(2)
+        assert stage.supervisor.status().phase is Phase.LEAVING
+        await stage.end()
+        assert again.n_ends == 1
+
+    play(story)
+
+
+def test_a_context_that_somebody_asks_for_becomes_the_one_to_go_back_to() -> None:
+    async def story() -> None:
+        stage = Stage(growth=FULL)
+        old = await stage.serving()
+        change = asyncio.create_task(stage.supervisor.change_context(32768))
+        new = await turn_over(stage, old)
+        await change
+        await stage.pass_time(10_000)
+        assert stage.worker is new
+        assert stage.supervisor.ready
+        await stage.end()
+
+    play(story)
+
+
+def test_a_parked_request_can_be_given_up() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        keeps_running, caller = await stage.submit(), await stage.submit()
+        old.say(NeedsContext(id=caller.id, n_tokens=20000))
+        await stage.settle()
+        assert stage.supervisor.status().phase is Phase.DRAINING
+        caller.ticket.cancel()
+        await stage.settle()
+        assert stage.supervisor.status().n_waiting == 0
+        old.answer(keeps_running.id, 1, done=True)
+        await turn_over(stage, old)
+        assert stage.worker.of_kind(Generate) == []
+        await stage.end()
+
+    play(story)
