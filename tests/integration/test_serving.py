@@ -110,13 +110,13 @@ def test_a_client_that_hangs_up_frees_its_place(
     assert after["failed"] == before["failed"] + 4
 
 
-def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(
+def test_a_prompt_beyond_the_model_is_refused_with_the_numbers(
     client: openai.OpenAI, model: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model=model, prompt="word " * 6000, max_tokens=4)
+        client.completions.create(model=model, prompt="word " * 33000, max_tokens=4)
     assert caught.value.code == "context_length_exceeded"
-    assert "maximum context length is 4096 tokens" in caught.value.message
+    assert "maximum context length is 32768 tokens" in caught.value.message
 
 
 def test_stop_strings_and_seeds(client: openai.OpenAI, model: str) -> None:
