@@ -6,11 +6,13 @@ Keys are added, never renamed; sizes are integer bytes, unknown values are null.
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
+
 from kvserve.core.lifecycle import Phase
 from kvserve.core.machine import Backend, Gpu, Machine
 from kvserve.core.plan import Candidate, Memory, Plan, Request
 from kvserve.core.shape import ModelShape
-from kvserve.supervisor.status import Measured, ReloadOutcome, Status
+from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
 
 Document = dict[str, Any]
 _ENGINE_ITEMS = ("weights_bytes", "kv_bytes", "recurrent_bytes", "compute_bytes", "output_bytes")
@@ -51,7 +53,7 @@ def status_document(status: Status, *, model_id: str, ready: bool, now: float) -
         },
         "kv_cells_used": status.n_cells_used,
         "memory": None if plan is None else _memory_check(plan.chosen, status.measured),
-        "reloads": [asdict(record) for record in status.reloads],
+        "reloads": [_reload(record) for record in status.reloads],
         "plan": None if plan is None else plan_document(plan),
     }
 
@@ -80,6 +82,11 @@ def describe_phase(phase: Phase, load_fraction: float | None) -> str:
         Phase.STOPPING: "the server is stopping",
         Phase.STOPPED: "the server has stopped",
     }[phase]
+
+
+def _reload(record: ReloadRecord) -> Document:
+    carry = None if record.carry is None else msgspec.structs.asdict(record.carry)
+    return {**asdict(record), "carry": carry}
 
 
 def _model(shape: ModelShape) -> Document:

@@ -66,6 +66,10 @@ def _reload_line(record: Document) -> str:
     if record["from_cache_type"]:
         before = f"{record['from_cache_type']} at {record['from_n_ctx']} -> "
     detail = f" ({record['detail']})" if record["detail"] else ""
+    carry = record["carry"]
+    if carry and (carry["n_sequences"] or carry["refused"]):
+        detail += f", {carry['n_sequences']} sequences of {carry['n_tokens']} tokens carried"
+        detail += f", {len(carry['refused'])} to prefill again" if carry["refused"] else ""
     return (
         f"{when} {record['reason']}: {before}{record['to_cache_type']} at {record['to_n_ctx']}, "
         f"{record['outcome']} in {record['seconds']:.1f} s{detail}"

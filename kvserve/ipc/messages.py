@@ -19,7 +19,8 @@ class Load(Message, frozen=True):
 
     `n_gpu_layers` counts the output layer, as llama.cpp does; `n_cpu_moe` layers from the front
     keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
-    weights off (they trap on some virtual machines).
+    weights off (they trap on some virtual machines). `carried` are files with the sequences that
+    an earlier worker exported, to be read before `Loaded`.
     """
 
     model_path: str
@@ -36,6 +37,7 @@ class Load(Message, frozen=True):
     n_threads_batch: int
     tensor_split: tuple[float, ...] = ()
     extra_buffers: bool = True
+    carried: tuple[str, ...] = ()
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -112,7 +114,13 @@ class Cancel(Message, frozen=True):
 
 
 class Pause(Message, frozen=True):
-    """Stop after the current step, answer `Paused`, and generate no more."""
+    """Stop after the current step, answer `Paused`, and generate no more.
+
+    Sequences are exported up to `export_bytes` in all, those that run first, then the kept ones,
+    the latest used before the others.
+    """
+
+    export_bytes: int = 0
 
 
 class Shutdown(Message, frozen=True):
@@ -147,6 +155,16 @@ class MemoryReport(msgspec.Struct, frozen=True, omit_defaults=True):
     weights_bytes: int = 0
 
 
+class CarryReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of the carried sequences; `refused` has the reason of each that was not read
+    and will be prefilled again."""
+
+    n_sequences: int = 0
+    n_tokens: int = 0
+    refused: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
 class Loaded(Message, frozen=True):
     """The model answers. `template` says where the chat template comes from."""
 
@@ -157,6 +175,7 @@ class Loaded(Message, frozen=True):
     template: str
     load_seconds: float
     flash_attn: bool = True
+    carried: CarryReport | None = None
 
 
 class LoadFailed(Message, frozen=True):
@@ -223,8 +242,22 @@ class Failed(Message, frozen=True):
     param: str | None = None
 
 
+class ExportedState(msgspec.Struct, frozen=True, array_like=True):
+    """One exported sequence: an open memory file of the worker's, and how much it holds."""
+
+    fd: int
+    n_bytes: int
+    n_tokens: int
+
+
 class Paused(Message, frozen=True):
-    """No step runs any more; everything generated was sent before this frame."""
+    """No step runs any more; everything generated was sent before this frame.
+
+    The worker keeps the files of `states` open until it exits.
+    """
+
+    states: tuple[ExportedState, ...] = ()
+    export_seconds: float = 0.0
 
 
 FromWorker = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from kvserve.ipc.messages import CarryReport
 from kvserve.supervisor.states import Attempt
 from kvserve.supervisor.status import ReloadRecord
 
@@ -23,7 +24,13 @@ class History:
         """A worker is about to be spawned."""
         self._spawned_at = self._wall_clock()
 
-    def record(self, attempt: Attempt, outcome: str, detail: str | None = None) -> None:
+    def record(
+        self,
+        attempt: Attempt,
+        outcome: str,
+        detail: str | None = None,
+        carry: CarryReport | None = None,
+    ) -> None:
         """An attempt came to its end; a change of context is timed from the asking."""
         change = attempt.change
         before = change.previous.chosen.launch if change else None
@@ -39,5 +46,6 @@ class History:
             to_cache_type=str(launch.pair),
             to_n_ctx=launch.n_ctx,
             detail=detail or attempt.failure,
+            carry=carry,
         )
         self.reloads = (*self.reloads, record)[-KEPT_RELOADS:]

@@ -43,7 +43,10 @@ NO_GROWTH = GrowthPolicy(Adapt.OFF, max_ctx=0)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Limits, in seconds where not said otherwise; `request_timeout` None is no limit."""
+    """Limits, in seconds where not said otherwise; `request_timeout` None is no limit.
+
+    `carry_bytes` is the host memory that sequences may take on their way to the next worker.
+    """
 
     model_path: str
     model_identity: str
@@ -54,6 +57,7 @@ class Policy:
     pause_timeout: float = 10.0
     load_timeout: float = 600.0
     step_timeout: float = 120.0
+    carry_bytes: int = 0
     growth: GrowthPolicy = NO_GROWTH
 
 
@@ -75,6 +79,7 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         n_threads_batch=policy.n_threads,
         tensor_split=launch.tensor_split,
         extra_buffers=attempt.extra_buffers,
+        carried=attempt.carried.paths,
     )
 
 

@@ -31,6 +31,7 @@ from kvserve.ipc.messages import (
     Step,
 )
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
+from kvserve.supervisor.carry import NOTHING, Carried, adopt
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.recovery import (
@@ -197,6 +198,8 @@ class Supervisor:
                 task.cancel()
             if (worker := worker_of(self._state)) is not None:
                 worker.kill()
+            if (attempt := attempt_of(self._state)) is not None:
+                attempt.carried.close()
             self._requests.fail_all(NotReady("the server is shutting down"))
             if not self.stopped.done():
                 self.stopped.set_result(None)
@@ -361,16 +364,18 @@ class Supervisor:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
                 self._requests.worker_paused()
-                self._leave(state)
+                self._leave(state, adopt(worker.pid, message.states))
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
 
     def _on_loaded(self, state: Loading, message: Loaded) -> None:
-        attempt = state.attempt
+        state.attempt.carried.close()
+        attempt = replace(state.attempt, carried=NOTHING)
         self._move(Event.LOADED, Serving(state.worker, attempt, message))
         self._answered_at_load = self._requests.n_answered
         self._beside(self._weigh(state.worker, attempt.plan, message))
-        self._history.record(attempt, "done" if attempt.failure is None else "rolled_back")
+        outcome = "done" if attempt.failure is None else "rolled_back"
+        self._history.record(attempt, outcome, carry=message.carried)
         launch = attempt.plan.chosen.launch
         log.info(
             "serving",
@@ -379,6 +384,14 @@ class Supervisor:
             n_gpu_layers=launch.n_gpu_layers,
             load_seconds=round(message.load_seconds, 2),
         )
+        if message.carried is not None:
+            log.info(
+                "sequences carried",
+                n_sequences=message.carried.n_sequences,
+                n_tokens=message.carried.n_tokens,
+                refused=message.carried.refused,
+                seconds=round(message.carried.seconds, 3),
+            )
         if not self.first_ready.done():
             self.first_ready.set_result(None)
         before = self._reloaded
@@ -451,9 +464,9 @@ class Supervisor:
         if isinstance(following, GiveUp):
             error = following.error
             log.error("giving up for now", error=error.message, retry_after=following.retry_after)
-            self._move(
-                Event.GIVE_UP, Failing(following.attempt, error, now + following.retry_after)
-            )
+            following.attempt.carried.close()
+            attempt_later = replace(following.attempt, carried=NOTHING)
+            self._move(Event.GIVE_UP, Failing(attempt_later, error, now + following.retry_after))
             self._requests.fail_all(error)
             self._streak = 0
         if given_up and not self.first_ready.done():
@@ -515,20 +528,19 @@ class Supervisor:
             self._finish(change, NotReady("the worker was lost meanwhile; try again"))
 
     def _drain(self, state: Draining, now: float) -> None:
-        if not self._requests.running and state.kill_at is None:
-            self._leave(state)
-        elif state.kill_at is None and now >= state.pause_at:
-            state.worker.send(Pause())
+        if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
+            state.worker.send(Pause(export_bytes=self._policy.carry_bytes))
             self._update(replace(state, kill_at=now + self._policy.pause_timeout))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill()
         else:
             self._kill_if_hung(state.worker, now)
 
-    def _leave(self, state: Draining) -> None:
+    def _leave(self, state: Draining, carried: Carried) -> None:
         state.worker.send(Shutdown())
         kill_at = self._clock() + LEAVE_SECONDS
-        self._move(Event.DRAINED, Leaving(state.worker, state.following, kill_at=kill_at))
+        following = replace(state.following, carried=carried)
+        self._move(Event.DRAINED, Leaving(state.worker, following, kill_at=kill_at))
 
     def _finish(self, change: Change, result: Plan | KvserveError) -> None:
         """A change came to its end: tell whoever asked for it, or the requests that needed it."""

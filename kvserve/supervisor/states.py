@@ -12,6 +12,7 @@ from kvserve.core.plan import Plan
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import FromWorker, Loaded, LoadFailed, ToWorker
 from kvserve.supervisor.admission import Job
+from kvserve.supervisor.carry import NOTHING, Carried
 from kvserve.supervisor.status import Measured, ReloadOutcome
 
 
@@ -85,7 +86,7 @@ class Attempt:
     `replan` decides anew just before the spawn, with a reserve raised for each of
     `n_out_of_memory`. `fallback` is the plan to return to where this try fails; `failure` is what
     made an earlier try of the same change fail. `extra_buffers` False loads without llama.cpp's
-    repacked CPU weights.
+    repacked CPU weights. `carried` are the sequences of the worker before.
     """
 
     plan: Plan
@@ -96,6 +97,7 @@ class Attempt:
     fallback: Plan | None = None
     change: Change | None = None
     failure: str | None = None
+    carried: Carried = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

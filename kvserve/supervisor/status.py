@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 from kvserve.core.lifecycle import Phase
 from kvserve.core.plan import Plan
-from kvserve.ipc.messages import MemoryReport
+from kvserve.ipc.messages import CarryReport, MemoryReport
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadRecord:
-    """One change of worker. Times are seconds since the epoch; `outcome` is done, unchanged,
-    rolled_back or failed; `from_cache_type` is None for the first load."""
+    """One change of worker. Times are seconds since the epoch; `outcome` is done, rolled_back or
+    failed; `from_cache_type` is None for the first load. `carry` tells how many sequences came
+    along, and why others did not."""
 
     reason: str
     started_at: float
@@ -21,6 +22,7 @@ class ReloadRecord:
     to_cache_type: str
     to_n_ctx: int
     detail: str | None = None
+    carry: CarryReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

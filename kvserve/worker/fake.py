@@ -21,9 +21,11 @@ import msgspec
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
+    CarryReport,
     ChatPrompt,
     Delta,
     End,
+    ExportedState,
     Generate,
     Hello,
     Load,
@@ -46,6 +48,7 @@ from kvserve.worker.reader import start_reader
 _N_CTX_TRAIN = 131_072
 _DEFAULT_MAX_TOKENS = 16
 _GARBAGE = b"\xff" * 64
+_STATE_BYTES = 8
 
 
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -132,6 +135,7 @@ class FakeWorker:
                 template="fake",
                 load_seconds=script.load_ms / 1000,
                 flash_attn=load.flash_attn,
+                carried=_read_carried(load.carried),
             )
         )
         self._reach("loaded")
@@ -150,7 +154,7 @@ class FakeWorker:
             except queue.Empty:
                 return asked
             if isinstance(message, Pause) and not self._script.ignore_pause:
-                self._channel.send(Paused())
+                self._channel.send(Paused(self._export(message.export_bytes)))
                 return True
             if isinstance(message, Cancel):
                 self._streams.pop(message.id, None)
@@ -158,6 +162,18 @@ class FakeWorker:
                 self._start(message)
             if until is None:
                 return asked
+
+    def _export(self, limit_bytes: int) -> tuple[ExportedState, ...]:
+        """A memory file for each stream, which holds nothing but its number of tokens."""
+        states: list[ExportedState] = []
+        for stream in self._streams.values():
+            if limit_bytes < (len(states) + 1) * _STATE_BYTES:
+                break
+            descriptor = os.memfd_create("state")
+            n_tokens = stream.n_prompt + stream.n_done
+            os.write(descriptor, n_tokens.to_bytes(_STATE_BYTES, "little"))
+            states.append(ExportedState(descriptor, _STATE_BYTES, n_tokens))
+        return tuple(states)
 
     def _start(self, request: Generate) -> None:
         n_prompt = count_tokens(request.prompt)
@@ -206,6 +222,11 @@ class FakeWorker:
     def _hang(self) -> NoReturn:
         while True:
             self.inbox.get()
+
+
+def _read_carried(paths: tuple[str, ...]) -> CarryReport:
+    states = [int.from_bytes(Path(path).read_bytes(), "little") for path in paths]
+    return CarryReport(n_sequences=len(states), n_tokens=sum(states))
 
 
 def count_tokens(prompt: Prompt) -> int:

@@ -4,6 +4,7 @@ Nothing here keeps state of requests. Calls are not thread-safe unless their doc
 """
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from kvserve.core.dtypes import KvType
 from kvserve.ipc.messages import Load
+from kvserve.worker.carry.cache_log import CacheLog
+from kvserve.worker.carry.layout import CELL_EXT_BYTES, StateLayout
 from kvserve.worker.load_log import LoadLog
 
 VERSION: str = llama_cpp.__version__
@@ -58,7 +61,10 @@ def start_backend(log: LoadLog) -> None:
     """Send llama.cpp's log to `log` and initialise it; once for each process, before all else."""
 
     def feed(level: int, text: bytes, _user_data: int) -> None:
-        log.feed(level, text.decode("utf-8", "replace"))
+        line = text.decode("utf-8", "replace")
+        log.feed(level, line)
+        for listener in _listeners:
+            listener(line)
 
     callback = ll.llama_log_callback(feed)
     _kept_alive.append(callback)
@@ -68,6 +74,15 @@ def start_backend(log: LoadLog) -> None:
 
 _kept_alive: list[object] = []
 """ctypes frees a callback that Python no longer refers to, while C still calls it."""
+
+_listeners: list[Callable[[str], None]] = []
+"""Who else reads the log, piece by piece, while a context is created."""
+
+
+def library() -> ctypes.CDLL:
+    """libllama, with ggml's functions that the bindings leave out."""
+    loaded: ctypes.CDLL = ll._lib
+    return loaded
 
 
 def system_info() -> str:
@@ -255,12 +270,19 @@ class Context:
 
     def __init__(self, load: Load, log: LoadLog, on_progress: Callable[[float], None]) -> None:
         self._log = log
+        self._model_path = load.model_path
         self._model = self._load_model(load, on_progress)
         vocab = ll.llama_model_get_vocab(self._model)
         if vocab is None:
             raise LoadError("the model has no vocabulary")
         self.vocab = Vocab(vocab)
-        self.raw = self._create_context(load)
+        caches = CacheLog()
+        _listeners.append(caches.feed)
+        try:
+            self.raw = self._create_context(load)
+        finally:
+            _listeners.remove(caches.feed)
+        self.state_layout: StateLayout | None = caches.layout(self._cell_ext_bytes)
         memory = ll.llama_get_memory(self.raw)
         if memory is None:
             raise LoadError("the model keeps no KV cache: it makes embeddings, not text")
@@ -273,9 +295,7 @@ class Context:
     @property
     def architecture(self) -> str:
         """`general.architecture` of the file, such as `gemma3`."""
-        buffer = ctypes.create_string_buffer(256)
-        n = ll.llama_model_meta_val_str(self._model, b"general.architecture", buffer, 256)
-        return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
+        return self._metadata("general.architecture") or ""
 
     @property
     def chat_template(self) -> str | None:
@@ -305,10 +325,62 @@ class Context:
         view: NDArray[np.float32] = np.ctypeslib.as_array(rows)
         return view
 
+    @property
+    def model_identity(self) -> str:
+        """Digest of what makes states of two models, or of two RoPE settings, incompatible: the
+        metadata, the file's size and time, and which LongRoPE factors this context's size selects
+        (llama_model::get_rope_factors in llama.cpp's src/llama-model.cpp)."""
+        digest = hashlib.blake2b(digest_size=16)
+        file = Path(self._model_path).stat()
+        size = ll.llama_model_size(self._model), ll.llama_model_n_params(self._model)
+        digest.update(repr((file.st_size, file.st_mtime_ns, size, self._long_rope)).encode())
+        for index in range(ll.llama_model_meta_count(self._model)):
+            for read in (ll.llama_model_meta_key_by_index, ll.llama_model_meta_val_str_by_index):
+                buffer = ctypes.create_string_buffer(4096)
+                n = read(self._model, index, buffer, len(buffer))
+                digest.update(n.to_bytes(4, "little", signed=True) + buffer.value)
+        return digest.hexdigest()
+
+    def state_bytes(self, slot: int) -> int:
+        """Bytes of a sequence's state as it is now."""
+        n_bytes: int = ll.llama_state_seq_get_size(self.raw, slot)
+        return n_bytes
+
+    def read_state(self, slot: int, address: int, n_bytes: int) -> int:
+        """Copy a sequence's state to `address`; returns the bytes written, 0 after a failure."""
+        n_written: int = ll.llama_state_seq_get_data(self.raw, _bytes_at(address), n_bytes, slot)
+        return n_written
+
+    def write_state(self, slot: int, address: int, n_bytes: int) -> int:
+        """Replace a sequence by the state at `address`; returns the bytes read. After 0 the
+        sequence may hold a part of it: clear it. Types, sizes and free cells are checked by
+        llama.cpp; rotation, model and meaning are not."""
+        n_read: int = ll.llama_state_seq_set_data(self.raw, _bytes_at(address), n_bytes, slot)
+        return n_read
+
     def clear_slot(self, slot: int) -> None:
         """Free all cells of a sequence. Only ever whole sequences: sliding-window and recurrent
         memories cannot give back a part."""
         ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    @property
+    def _cell_ext_bytes(self) -> int:
+        m_rope = ll.LLAMA_ROPE_TYPE_MROPE, ll.LLAMA_ROPE_TYPE_IMROPE
+        return CELL_EXT_BYTES if ll.llama_model_rope_type(self._model) in m_rope else 0
+
+    @property
+    def _long_rope(self) -> bool | None:
+        """Whether a LongRoPE model uses its long factors here; None for other models."""
+        scaling = f"{self.architecture}.rope.scaling"
+        if self._metadata(f"{scaling}.type") in {"yarn", "linear"}:
+            return None
+        trained = self._metadata(f"{scaling}.original_context_length")
+        return None if trained is None else self.n_ctx > int(trained)
+
+    def _metadata(self, key: str) -> str | None:
+        buffer = ctypes.create_string_buffer(256)
+        n = ll.llama_model_meta_val_str(self._model, key.encode(), buffer, 256)
+        return buffer.value.decode("utf-8", "replace") if n >= 0 else None
 
     def _load_model(self, load: Load, on_progress: Callable[[float], None]) -> object:
         if not Path(load.model_path).is_file():
@@ -382,6 +454,10 @@ class Context:
         except (CacheFull, DecodeError) as error:
             raise self._failure(f"the first decode failed: {error}") from error
         ll.llama_memory_clear(self._memory, False)
+
+
+def _bytes_at(address: int) -> "ctypes._Pointer[ctypes.c_uint8]":
+    return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
 
 
 class _BufferOverride(ctypes.Structure):

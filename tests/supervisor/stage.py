@@ -21,6 +21,7 @@ from kvserve.ipc.messages import (
     Loaded,
     MemoryReport,
     Pause,
+    Paused,
     Sampling,
     Shutdown,
     Started,
@@ -54,12 +55,15 @@ class FakeWorker:
         self.sent: list[ToWorker] = []
         self.killed = False
         self.gone = False
+        self.pauses = True
         self._frames: asyncio.Queue[FromWorker | None] = asyncio.Queue()
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.on_kill: Callable[[], None] = lambda: self.die(-9)
 
     def send(self, message: ToWorker) -> None:
         self.sent.append(message)
+        if isinstance(message, Pause) and self.pauses:
+            self.say(Paused())
 
     async def receive(self) -> FromWorker | None:
         return await self._frames.get()

@@ -119,6 +119,7 @@ def test_a_request_that_outlasts_the_drain_goes_on_with_the_next_worker() -> Non
     async def story() -> None:
         stage = Stage(drain_timeout=30.0)
         old = await stage.serving()
+        old.pauses = False
         caller = await stage.submit()
         old.started(caller.id)
         old.answer(caller.id, 1, 2)
@@ -153,6 +154,7 @@ def test_a_worker_that_does_not_pause_is_killed_and_its_requests_go_on() -> None
     async def story() -> None:
         stage = Stage(drain_timeout=1.0)
         old = await stage.serving()
+        old.pauses = False
         caller = await stage.submit()
         old.answer(caller.id, 1)
         change = asyncio.create_task(stage.supervisor.change_context(32768))

@@ -88,6 +88,26 @@ def test_a_reload_in_the_middle_of_answers_changes_nothing_in_them(tmp_path: Pat
     play(story)
 
 
+def test_what_ran_is_handed_to_the_next_worker_and_nothing_stays_open(tmp_path: Path) -> None:
+    async def story() -> None:
+        policy = {"drain_timeout": 0.0, "carry_bytes": 5 * 8}
+        async with Troupe(tmp_path, policy, {"step_ms": 5}) as supervisor:
+            await supervisor.first_ready
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            began = asyncio.Event()
+            asking = [asyncio.create_task(ask(supervisor, began)) for _ in range(8)]
+            await began.wait()
+            await supervisor.change_context(32768)
+            assert await asyncio.gather(*asking) == [WHOLE + "|length"] * 8
+            carry = supervisor.status().reloads[-1].carry
+            assert carry is not None
+            assert carry.n_sequences == 5
+            assert carry.n_tokens >= 5 * 3
+            assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+    play(story)
+
+
 @pytest.mark.parametrize("point", ["loaded", "first_step", "step:7"])
 @pytest.mark.parametrize("number", [9, 11])
 def test_a_worker_that_dies_once_is_not_noticed_by_callers(
