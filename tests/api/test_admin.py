@@ -99,6 +99,7 @@ def test_status():
             "to_cache_type": "q8_0:q8_0",
             "to_n_ctx": 32768,
             "detail": None,
+            "carry": None,
         }
     ]
 

@@ -64,6 +64,10 @@ async def ask(supervisor: Supervisor, began: asyncio.Event | None = None) -> str
     return text
 
 
+def n_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_answers_come_whole_and_a_stop_leaves_no_process(tmp_path: Path) -> None:
     async def story() -> None:
         async with Troupe(tmp_path, {}, {}) as supervisor:
@@ -93,7 +97,7 @@ def test_what_ran_is_handed_to_the_next_worker_and_nothing_stays_open(tmp_path: 
         policy = {"drain_timeout": 0.0, "carry_bytes": 5 * 8}
         async with Troupe(tmp_path, policy, {"step_ms": 5}) as supervisor:
             await supervisor.first_ready
-            before = len(list(Path("/proc/self/fd").iterdir()))
+            before = n_open_files()
             began = asyncio.Event()
             asking = [asyncio.create_task(ask(supervisor, began)) for _ in range(8)]
             await began.wait()
@@ -103,7 +107,7 @@ def test_what_ran_is_handed_to_the_next_worker_and_nothing_stays_open(tmp_path: 
             assert carry is not None
             assert carry.n_sequences == 5
             assert carry.n_tokens >= 5 * 3
-            assert len(list(Path("/proc/self/fd").iterdir())) == before
+            assert n_open_files() == before
 
     play(story)
 
