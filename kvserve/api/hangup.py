@@ -7,8 +7,8 @@ from typing import Any
 from starlette.types import Receive
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Run `work` to its end, or cancel it when the client disconnects; whether it ended.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it when the client disconnects.
 
     The request's body must have been read. Raises what `work` raises.
     """
@@ -16,10 +16,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return False
-        working.result()
-        return True
+        if working.done():
+            working.result()
     finally:
         for task in (working, gone):
             task.cancel()

@@ -19,7 +19,7 @@ from kvserve.core.plan import Plan, Request
 from kvserve.core.selector import select
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import MemoryReport
-from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket
+from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket, TicketEvent
 from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
 from tests.core.shapes import llama3_8b, machine
 
@@ -104,7 +104,7 @@ class ScriptedService:
         self.ready = True
         self.now = SERVING
         self.specs: list[GenerationSpec] = []
-        self.tickets: list[Ticket] = []
+        self._tickets: list[Ticket] = []
         self.asked: list[int | None] = []
         self.on_plan: Callable[[int | None], Plan] = lambda _n_ctx: PLAN
         self.gave_up: list[int] = []
@@ -114,10 +114,16 @@ class ScriptedService:
     def submit(self, spec: GenerationSpec) -> Ticket:
         ticket = Ticket(len(self.specs), self._cancel)
         self.specs.append(spec)
-        self.tickets.append(ticket)
+        self._tickets.append(ticket)
+        self._loop = asyncio.get_running_loop()
         self.script(ticket, spec)
         self.submitted.set()
         return ticket
+
+    def tell(self, *events: TicketEvent | KvserveError) -> None:
+        """Go on with the latest request; from any thread."""
+        for event in events:
+            self._loop.call_soon_threadsafe(self._tickets[-1].put, event)
 
     def status(self) -> Status:
         return self.now

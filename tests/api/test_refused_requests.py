@@ -1,0 +1,196 @@
+"""What is refused of a request body, and which parameter the refusal names."""
+
+import json
+
+import pytest
+
+from tests.api.scripted import ScriptedService, ask, chat, complete
+
+UNSUPPORTED = [
+    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"best_of": 3}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 5}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"grammar": "root ::= x"}, "grammar"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+]
+
+
+@pytest.mark.parametrize("send", [chat, complete])
+@pytest.mark.parametrize(("fields", "param"), UNSUPPORTED)
+def test_unsupported_fields(send, fields, param):
+    response = send(**fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, "content[1]"),
+        ({"content": [{"type": "input_audio"}]}, "content[0]"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool_calls"),
+    ],
+)
+def test_unsupported_messages(message, param):
+    messages = [{"role": "user", "content": "x"}, {"role": "user", **message}]
+    error = chat(messages=messages).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", f"messages[1].{param}")
+
+
+INVALID = [
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 5.1}, "temperature"),
+    ({"temperature": [1]}, "temperature"),
+    ({"top_p": 1.01}, "top_p"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
+    ({"min_p": -1}, "min_p"),
+    ({"repeat_penalty": 0}, "repeat_penalty"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"max_tokens": "10"}, "max_tokens"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": "1"}, "seed"),
+    ({"stream": "true"}, "stream"),
+    ({"stream": 1}, "stream"),
+    ({"stream_options": []}, "stream_options"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "x" * 513}, "stop"),
+    ({"stop": 1}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": "\ud800"}, "stop"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"²": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"model": 3}, "model"),
+    ({"kvserve": {"ctx": 0}}, "kvserve.ctx"),
+    ({"kvserve": {"ctx": "8192"}}, "kvserve.ctx"),
+    ({"kvserve": {"task": "cooking"}}, "kvserve.task"),
+    ({"kvserve": {"context": 1}}, "kvserve.context"),
+]
+
+
+@pytest.mark.parametrize("send", [chat, complete])
+@pytest.mark.parametrize(("fields", "param"), INVALID)
+def test_invalid_fields(send, fields, param):
+    response = send(**fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert error["param"] == param
+
+
+INVALID_CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": [1]}, "messages[0]"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0]"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+    ),
+    ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"thinking": None}}, "chat_template_kwargs.thinking"),
+    ({"chat_template_kwargs": {"thinking": {}}}, "chat_template_kwargs.thinking"),
+    ({"chat_template_kwargs": {"thinking": 2**63}}, "chat_template_kwargs.thinking"),
+    ({"chat_template_kwargs": {"thinking": "x" * 65}}, "chat_template_kwargs.thinking"),
+    ({"chat_template_kwargs": {"thinking": "\ud800"}}, "chat_template_kwargs.thinking"),
+    ({"continue_final_message": True}, "continue_final_message"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), INVALID_CHATS)
+def test_invalid_chats(fields, param):
+    response = chat(**fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        (None, "prompt"),
+        ([], "prompt"),
+        (5, "prompt"),
+        ({}, "prompt"),
+        ([[]], "prompt[0]"),
+        ([1, "a"], "prompt"),
+        ([1, True], "prompt"),
+        ([-1], "prompt"),
+        ([2**31], "prompt"),
+        (["a", 1], "prompt[1]"),
+        (["a", ["b"]], "prompt[1]"),
+        (["a"] * 65, "prompt"),
+        (["a", "\ud800"], "prompt[1]"),
+    ],
+)
+def test_invalid_prompts(prompt, param):
+    response = complete(prompt=prompt)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "seed", "logit_bias.1"])
+def test_numbers_that_are_none(name, number):
+    body = f'{{"prompt":"x","{name}":{number}}}'
+    if name == "logit_bias.1":
+        body = f'{{"prompt":"x","logit_bias":{{"1":{number}}}}}'
+    headers = {"content-type": "application/json"}
+    response = ask("POST", "/v1/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name
+
+
+def test_an_unknown_model():
+    response = chat(model="gpt-4o")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "llama-3-8b" in error["message"]
+
+
+def test_nothing_is_submitted_for_a_bad_request():
+    service = ScriptedService()
+    complete(service, prompt=["a", 1])
+    chat(service, model="gpt-4o")
+    chat(service, **json.loads('{"n": 2}'))
+    assert service.specs == []
