@@ -146,7 +146,7 @@ def _device(
         backend=Backend.CUDA,
         free_bytes=total - grain,
         host_free_bytes=host_free,
-        overheads=overheads or prior_overheads(capability),
+        overheads=overheads or prior_overheads(capability, shape),
         n_gpus=len(free),
         tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
     )

@@ -53,12 +53,18 @@ class MachinePlanner:
     """Plans for one model and one standing request, of which only the context changes."""
 
     def __init__(
-        self, shape: ModelShape, request: Request, machines: Machines, calibration: Calibration
+        self,
+        shape: ModelShape,
+        request: Request,
+        machines: Machines,
+        calibration: Calibration,
+        settle_seconds: float = GPU_SETTLE_SECONDS,
     ) -> None:
         self._shape = shape
         self._request = request
         self._machines = machines
         self._calibration = calibration
+        self._settle_seconds = settle_seconds
         self._free_before: dict[str, int] = {}
 
     async def plan(
@@ -80,14 +86,14 @@ class MachinePlanner:
             reserve = default_reserve(free) if base is None else base
             reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
             request = replace(request, reserve_bytes=reserve)
-        overheads = self._calibration.overheads(machine.gpus, machine.build)
+        overheads = self._calibration.overheads(machine.gpus, machine.build, self._shape)
         return select(self._shape, machine, request, overheads)
 
     async def wait_for_room(self, plan: Plan) -> bool:
         """Poll until the plan's memory is free; False where it stays taken."""
         on_gpu = plan.chosen.launch.backend is Backend.CUDA
         deadline = asyncio.get_running_loop().time()
-        deadline += GPU_SETTLE_SECONDS if on_gpu else HOST_SETTLE_SECONDS
+        deadline += self._settle_seconds if on_gpu else HOST_SETTLE_SECONDS
         while True:
             machine = await asyncio.to_thread(self._machines.read)
             self._free_before = {gpu.uuid: gpu.free_bytes for gpu in machine.gpus}
@@ -122,7 +128,7 @@ class MachinePlanner:
         overhead = (taken - buffers) // max(1, len(gpus))
         # With a split model the estimate of the compute buffer is coarser than the overhead.
         whole = plan.chosen.launch.n_gpu_layers > plan.shape.n_layer
-        if whole and self._calibration.learn(gpus[0], plan.machine.build, overhead):
+        if whole and self._calibration.learn(gpus[0], plan.machine.build, plan.shape, overhead):
             log.info("learnt GPU overhead", overhead_bytes=overhead, gpu=gpus[0].name)
         return Measured(loaded.memory, device_bytes=taken, returning_bytes=taken)
 
