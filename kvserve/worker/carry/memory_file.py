@@ -1,0 +1,210 @@
+"""A sequence's state in a memory file (memfd), which outlives the worker that wrote it.
+
+The file is one page with a header (magic, length, msgpack), llama.cpp's bytes, padding to 8 bytes,
+the sequence's tokens (i32), and what the model would say next (f32, canary.py). Whoever holds a
+descriptor holds the memory. Once written, the file is sealed: the kernel then refuses to change or
+to cut it, whoever else has it open, which no checksum could promise. A file whose writer died is
+not sealed.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvserve.worker.carry.layout import StateLayout
+from kvserve.worker.carry.refusal import CannotCarry, Reason
+from kvserve.worker.carry.structure import Bytes
+
+Tokens = NDArray[np.int32]
+LogProbs = NDArray[np.float32]
+"""Natural logarithms of the next token's probabilities, shape (n_vocab,)."""
+
+HEADER_BYTES = 4096
+
+_MAGIC = b"kvserve1"
+_LENGTH = struct.Struct("<I")
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What wrote a state: `model` and `build` must be the reader's own.
+
+    `model` is `Context.model_identity`, `build` the version of the bindings, which pins the
+    commit of llama.cpp.
+    """
+
+    model: str
+    build: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a memory file holds, as its header tells.
+
+    `state_bytes` is the length of llama.cpp's part, `n_cached` the number of tokens in it. Of the
+    `n_tokens` that are listed, at most the last is not in the cache: it is decoded next, and the
+    distribution over `n_vocab` tokens that follows it is expected then (0: none was taken).
+
+    Raises ValueError where these do not go together.
+    """
+
+    origin: Origin
+    layout: StateLayout
+    state_bytes: int
+    n_cached: int
+    n_tokens: int
+    n_vocab: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = self.state_bytes, self.n_cached, self.n_vocab
+        if min(sizes) < 0 or self.n_tokens - self.n_cached not in (0, 1):
+            raise ValueError(f"{self.n_cached} of {self.n_tokens} tokens in {sizes[0]} bytes")
+        if self.n_vocab and self.n_tokens == self.n_cached:
+            raise ValueError("a distribution after no token")
+
+    @property
+    def tokens_offset(self) -> int:
+        """Where the tokens begin in the file."""
+        return HEADER_BYTES + -(-self.state_bytes // 8) * 8
+
+    @property
+    def file_bytes(self) -> int:
+        """The whole file."""
+        return self.tokens_offset + 4 * (self.n_tokens + self.n_vocab)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedState:
+    """One sequence in a sealed memory file. Owns the descriptor `fd`; close it."""
+
+    fd: int
+    contents: Contents
+
+    @classmethod
+    def open(cls, fd: int) -> Self:
+        """Take over a descriptor that another process handed over.
+
+        Raises CannotCarry (MALFORMED) for a file that is not a finished export; `fd` is then
+        left open.
+        """
+        return cls(fd, _read_contents(fd))
+
+    @property
+    def layout(self) -> StateLayout:
+        """How the state stores its rows."""
+        return self.contents.layout
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory that the file takes."""
+        return self.contents.file_bytes
+
+    @property
+    def tokens(self) -> Tokens:
+        """The sequence's tokens, shape (n_tokens,); a copy."""
+        begin = self.contents.tokens_offset
+        return self._map()[begin : begin + 4 * self.contents.n_tokens].view(np.int32).copy()
+
+    @property
+    def expected(self) -> LogProbs | None:
+        """What the model says after the last token, shape (n_vocab,); a copy."""
+        if self.contents.n_vocab == 0:
+            return None
+        begin = self.contents.tokens_offset + 4 * self.contents.n_tokens
+        return self._map()[begin:].view(np.float32).copy()
+
+    def view(self) -> Bytes:
+        """llama.cpp's bytes, read-only; valid as long as the array lives."""
+        return self._map()[HEADER_BYTES : HEADER_BYTES + self.contents.state_bytes]
+
+    def close(self) -> None:
+        """Give the memory back, unless another process holds the file or a view lives."""
+        os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _map(self) -> Bytes:
+        # Private: Linux before 6.7 maps no file shared that is sealed against writing.
+        mapped = mmap.mmap(
+            self.fd, self.contents.file_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ
+        )
+        return np.frombuffer(mapped, dtype=np.uint8)
+
+
+def write_state(
+    contents: Contents, tokens: Tokens, fill: Callable[[Bytes], LogProbs | None]
+) -> ExportedState:
+    """Create a memory file, have `fill` write llama.cpp's part into it, and seal it.
+
+    `fill` gets the bytes to write, keeps no view of them, and returns what is expected after the
+    last token, of `contents.n_vocab` values or None. What it raises passes through, and the file
+    is gone. Raises OSError where the kernel gives no memory.
+    """
+    assert len(tokens) == contents.n_tokens
+    fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, contents.file_bytes)
+        _fill(fd, contents, tokens, fill)
+        body = msgspec.msgpack.encode(contents)
+        os.pwrite(fd, _MAGIC + _LENGTH.pack(len(body)) + body, 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return ExportedState(fd, contents)
+
+
+def _fill(
+    fd: int, contents: Contents, tokens: Tokens, fill: Callable[[Bytes], LogProbs | None]
+) -> None:
+    # A function of its own: no writable mapping may be left when the file is sealed.
+    file = np.frombuffer(mmap.mmap(fd, contents.file_bytes), dtype=np.uint8)
+    begin = contents.tokens_offset
+    end = begin + 4 * contents.n_tokens
+    expected = fill(file[HEADER_BYTES : HEADER_BYTES + contents.state_bytes])
+    file[begin:end].view(np.int32)[:] = tokens
+    if expected is not None:
+        file[end:].view(np.float32)[:] = expected
+
+
+def _read_contents(fd: int) -> Contents:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        front = os.pread(fd, HEADER_BYTES, 0)
+        size_bytes = os.fstat(fd).st_size
+    except OSError as error:
+        raise _malformed(f"it is no memory file ({error.strerror})") from None
+    if seals & _SEALS != _SEALS or len(front) < HEADER_BYTES or not front.startswith(_MAGIC):
+        raise _malformed("its writer did not finish")
+    begin = len(_MAGIC) + _LENGTH.size
+    (length,) = _LENGTH.unpack_from(front, len(_MAGIC))
+    try:
+        contents = msgspec.msgpack.decode(front[begin : begin + length], type=Contents)
+    except msgspec.MsgspecError as error:
+        raise _malformed(f"its header does not decode ({error})") from None
+    if contents.file_bytes != size_bytes:
+        raise _malformed(f"it has {size_bytes} bytes, not {contents.file_bytes}")
+    return contents
+
+
+def _malformed(why: str) -> CannotCarry:
+    return CannotCarry(Reason.MALFORMED, f"the memory file cannot be read: {why}")
