@@ -90,11 +90,21 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an answer must look like. `text` is a JSON schema, a regular expression or a grammar
+    in llguidance's dialect of Lark; `json_object`, any object, needs none."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    text: str = ""
+
+
 class Generate(Message, frozen=True):
     """Answer one prompt.
 
     `max_tokens` None goes on to the end of the context. `resume` are the tokens that an earlier
     worker already generated for this request: their text was delivered and is not sent again.
+    Cached prefixes are shared only between requests of the same `cache_salt`. `n_logprobs` asks
+    for the log probability of each token, and of that many most likely ones beside it.
     """
 
     id: int
@@ -105,6 +115,9 @@ class Generate(Message, frozen=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     resume: tuple[int, ...] = ()
+    cache_salt: str = ""
+    n_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -208,6 +221,24 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     tokens: tuple[int, ...]
 
 
+class Likelihood(msgspec.Struct, frozen=True, array_like=True):
+    """A token, its bytes, and the natural logarithm of its probability under the model, before
+    temperature, penalties and constraints."""
+
+    token: int
+    piece: bytes
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The likelihood of one drawn token of a request, and of the `top` most likely ones, the
+    likeliest first. One for each token of the same step's delta, in order."""
+
+    id: int
+    drawn: Likelihood
+    top: tuple[Likelihood, ...]
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -225,12 +256,17 @@ class End(msgspec.Struct, frozen=True, array_like=True):
 class Step(Message, frozen=True):
     """One decode step: the new text of all sequences, and which of them ended.
 
-    Sent also for a step that only prefills, as a sign of life."""
+    Sent also for a step that only prefills, as a sign of life. `n_cells_used` are KV cells of
+    running requests, `n_cells_kept` those that hold prefixes for later ones and count as free.
+    `logprobs` are there for requests with `n_logprobs`.
+    """
 
     deltas: tuple[Delta, ...] = ()
     ends: tuple[End, ...] = ()
     n_prefilled: int = 0
     n_cells_used: int = 0
+    n_cells_kept: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Failed(Message, frozen=True):

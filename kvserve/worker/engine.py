@@ -21,11 +21,15 @@ from kvserve.ipc.messages import (
     Paused,
     Started,
     Step,
+    TokenLogprobs,
     ToWorker,
 )
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
+from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.pace import Pace
+from kvserve.worker.prefix_cache import Clear, Copy, Cut, Operation, PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
 from kvserve.worker.sampling import Row, Sampler
 from kvserve.worker.scheduler import Batch as Plan
@@ -33,6 +37,8 @@ from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.sequences import Generation
 
 _MOST_SAMPLING_THREADS = 8
+
+_Drawn = tuple[int, TokenLogprobs | None]
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
 
@@ -42,6 +48,8 @@ class _Job:
     id: int
     generation: Generation
     sampler: Sampler
+    n_logprobs: int | None = None
+    constraint: Constraint | None = None
     started: bool = False
 
 
@@ -52,6 +60,11 @@ class _Draw:
     job: _Job
     output: int
     row: Row
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is worth a thread: an argmax takes microseconds."""
+        return not self.job.sampler.greedy or self.job.n_logprobs is not None
 
 
 class Engine:
@@ -71,7 +84,10 @@ class Engine:
         self._context = context
         self._channel = channel
         self._inbox = inbox
-        self._scheduler = Scheduler(context.n_ctx, n_slots, context.n_batch)
+        self._cache = PrefixCache(
+            context.n_ctx, n_slots, context.reuse_rules, context.first_position
+        )
+        self._scheduler = Scheduler(context.n_ctx, n_slots, context.n_batch, self._cache)
         self._pace = Pace(context.n_batch)
         self._batch = Batch(context.n_batch)
         self._jobs: dict[int, _Job] = {}
@@ -127,26 +143,29 @@ class Engine:
                 print(f"unexpected message: {message!r}", file=sys.stderr, flush=True)
 
     def _admit(self, prepared: Prepared) -> None:
-        job = _Job(prepared.id, prepared.generation, prepared.sampler)
+        job = _Job(
+            prepared.id,
+            prepared.generation,
+            prepared.sampler,
+            prepared.n_logprobs,
+            prepared.constraint,
+        )
         if job.generation.finish is None:
             self._jobs[job.id] = job
-            self._scheduler.add(job.id, job.generation.n_tokens)
+            generation = job.generation
+            self._scheduler.add(job.id, generation.buffer, generation.n_tokens, prepared.salt)
             return
         self._channel.send(Started(job.id, job.generation.n_prompt))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
-        self._send_step(deltas, (_end(job),))
+        self._send_step(deltas, (_end(job, 0),))
 
-    def _forget(self, request: int) -> None:
-        if self._jobs.pop(request, None) is None:
-            return
-        slot = self._scheduler.remove(request)
-        if slot is not None:
-            self._context.clear_slot(slot)
+    def _forget(self, request: int, *, broken: bool = False) -> None:
+        if self._jobs.pop(request, None) is not None:
+            self._scheduler.remove(request, broken=broken)
 
     def _step(self) -> None:
         plan = self._scheduler.plan(self._pace.limit(self._scheduler.n_decoding))
-        for preempted in plan.preempted:
-            self._context.clear_slot(preempted.slot)
+        self._change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
             if not job.started:
@@ -158,16 +177,32 @@ class Engine:
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
         draws = self._draws(plan)
-        deltas, ends = [], []
-        for draw, token in zip(draws, self._sample(draws), strict=True):
+        deltas, ends, logprobs = [], [], []
+        for draw, (token, likelihoods) in zip(draws, self._sample(draws), strict=True):
             job = draw.job
+            if job.constraint is not None and job.constraint.error is not None:
+                self._refuse(job, job.constraint.error)
+                continue
             deltas.append(self._accept(job, token))
+            if likelihoods is not None:
+                logprobs.append(likelihoods)
             if job.generation.finish is None:
                 self._scheduler.grow(job.id)
             else:
-                ends.append(_end(job))
+                ends.append(_end(job, self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
-        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill)
+        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs))
+
+    def _change_memory(self, operations: tuple[Operation, ...]) -> None:
+        context = self._context
+        for operation in operations:
+            match operation:
+                case Copy(source, target, n_tokens):
+                    context.copy_slot(source, target, n_tokens)
+                case Cut(slot, n_tokens):
+                    context.cut_slot(slot, n_tokens)
+                case Clear(slot):
+                    context.clear_slot(slot)
 
     def _decode(self, plan: Plan) -> bool:
         batch = self._batch
@@ -191,17 +226,20 @@ class Engine:
         return True
 
     def _make_room(self, plan: Plan) -> None:
-        preempted = self._scheduler.preempt_youngest()
-        if preempted is None:
+        if self._scheduler.relieve():
+            print("KV cache fuller than expected: made room", file=sys.stderr, flush=True)
+        else:
             self._fail(plan, "the KV cache is full")
-            return
-        print(f"KV cache full: request {preempted.id} waits again", file=sys.stderr, flush=True)
-        self._context.clear_slot(preempted.slot)
 
     def _fail(self, plan: Plan, reason: str) -> None:
         for chunk in plan.chunks:
-            self._forget(chunk.id)
+            self._forget(chunk.id, broken=True)
             self._channel.send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
+
+    def _refuse(self, job: _Job, problem: str) -> None:
+        self._forget(job.id)
+        message = f"the grammar cannot be followed: {problem}"
+        self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
 
     def _draws(self, plan: Plan) -> list[_Draw]:
         wanted = [chunk for chunk in plan.chunks if chunk.last]
@@ -213,26 +251,41 @@ class Engine:
             for chunk, output, row in zip(wanted, self._batch.outputs, rows, strict=True)
         ]
 
-    def _sample(self, draws: list[_Draw]) -> list[int]:
-        if self._pool is not None and sum(not draw.job.sampler.greedy for draw in draws) > 1:
+    def _sample(self, draws: list[_Draw]) -> list[_Drawn]:
+        if self._pool is not None and sum(draw.is_slow for draw in draws) > 1:
             return list(self._pool.map(self._sample_one, draws))
         return [self._sample_one(draw) for draw in draws]
 
-    def _sample_one(self, draw: _Draw) -> int:
-        return draw.job.sampler.sample(self._context, draw.output, draw.row)
+    def _sample_one(self, draw: _Draw) -> _Drawn:
+        job = draw.job
+        if job.n_logprobs is None:
+            return job.sampler.sample(self._context, draw.output, draw.row), None
+        untouched = draw.row.copy()
+        token = job.sampler.sample(self._context, draw.output, draw.row)
+        piece = self._context.vocab.piece
+        return token, token_logprobs(job.id, untouched, token, job.n_logprobs, piece)
 
     def _accept(self, job: _Job, token: int) -> Delta:
         vocab = self._context.vocab
-        text = job.generation.accept(token, vocab.piece(token), ends=vocab.ends(token))
+        generation = job.generation
+        text = generation.accept(token, vocab.piece(token), ends=vocab.ends(token))
+        if generation.finish is None and job.constraint is not None and job.constraint.complete:
+            text += generation.end()
         return Delta(job.id, text, (token,))
 
     def _send_step(
-        self, deltas: tuple[Delta, ...], ends: tuple[End, ...], n_prefilled: int = 0
+        self,
+        deltas: tuple[Delta, ...],
+        ends: tuple[End, ...],
+        n_prefilled: int = 0,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
-        self._channel.send(Step(deltas, ends, n_prefilled, self._scheduler.n_cells_used))
+        cache = self._cache
+        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs)
+        self._channel.send(step)
 
 
-def _end(job: _Job) -> End:
+def _end(job: _Job, n_cached: int) -> End:
     generation = job.generation
     assert generation.finish is not None
     return End(
@@ -240,5 +293,6 @@ def _end(job: _Job) -> End:
         generation.finish.reason,
         generation.n_prompt,
         generation.n_generated,
+        min(n_cached, generation.n_prompt),
         stop_text=generation.finish.stop_text,
     )

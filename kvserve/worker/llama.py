@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before numpy: the other order crashed inside llama_model_load on one machine.
 import llama_cpp.llama_cpp as ll  # isort: skip
@@ -21,6 +22,10 @@ from kvserve.ipc.messages import Load
 from kvserve.worker.carry.cache_log import CacheLog
 from kvserve.worker.carry.layout import CELL_EXT_BYTES, StateLayout
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.prefix_cache import Rules
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 VERSION: str = llama_cpp.__version__
 
@@ -38,6 +43,9 @@ _GGML_TYPES = {
 _NO_SLOT = 1
 _WARM_UP_TOKENS = 8
 _PIECE_BYTES = 64
+_N_SPARE = 32
+"""Sequence ids beside those of the context, for what is kept: a unified attention cache knows all
+LLAMA_MAX_SEQ of them, whatever `n_seq_max` says, and they cost no memory."""
 
 
 class LoadError(Exception):
@@ -128,6 +136,19 @@ class Vocab:
         n = ctypes.c_int32(0)
         tokens = ll.llama_vocab_get_suppress_tokens(self._vocab, ctypes.pointer(n))
         return np.array([tokens[i] for i in range(n.value)] if tokens else [], dtype=np.int64)
+
+    def grammar_tokenizer(self) -> "LLTokenizer":
+        """The vocabulary as llguidance reads it: control tokens apart from text. Takes a second or
+        two with a large vocabulary."""
+        # Here since it takes the raw vocabulary, and imports llama_cpp.
+        from llguidance.llamacpp import lltokenizer_from_vocab  # noqa: PLC0415
+
+        ends = self.end_tokens.tolist()
+        tokenizer: LLTokenizer = lltokenizer_from_vocab(
+            self._vocab,  # type: ignore[arg-type]
+            eos_token=ends or None,
+        )
+        return tokenizer
 
     def ends(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
@@ -290,6 +311,7 @@ class Context:
         self._memory = memory
         self.n_ctx: int = ll.llama_n_ctx(self.raw)
         self.n_batch: int = ll.llama_n_batch(self.raw)
+        self.n_seq_max: int = ll.llama_n_seq_max(self.raw)
         self.n_ctx_train: int = ll.llama_model_n_ctx_train(self._model)
         self._warm_up()
 
@@ -342,6 +364,11 @@ class Context:
                 digest.update(n.to_bytes(4, "little", signed=True) + buffer.value)
         return digest.hexdigest()
 
+    def n_cached(self, slot: int) -> int:
+        """Tokens of a sequence that are in the cache."""
+        last: int = ll.llama_memory_seq_pos_max(self._memory, slot)
+        return last + 1
+
     def state_bytes(self, slot: int) -> int:
         """Bytes of a sequence's state as it is now."""
         n_bytes: int = ll.llama_state_seq_get_size(self.raw, slot)
@@ -360,9 +387,32 @@ class Context:
         return n_read
 
     def clear_slot(self, slot: int) -> None:
-        """Free all cells of a sequence. Only ever whole sequences: sliding-window and recurrent
-        memories cannot give back a part."""
+        """Free all cells of a sequence."""
         ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def cut_slot(self, slot: int, n_tokens: int) -> None:
+        """Free all cells of a sequence but the first `n_tokens`; never of a recurrent one."""
+        ll.llama_memory_seq_rm(self._memory, slot, n_tokens, -1)
+
+    def copy_slot(self, source: int, target: int, n_tokens: int) -> None:
+        """Let an empty sequence share the first `n_tokens` cells of another."""
+        ll.llama_memory_seq_cp(self._memory, source, target, 0, n_tokens)
+
+    def first_position(self, slot: int) -> int:
+        """The lowest position of a sequence that all caches hold; -1 for none."""
+        position: int = ll.llama_memory_seq_pos_min(self._memory, slot)
+        return position
+
+    @property
+    def reuse_rules(self) -> Rules:
+        """What of a sequence in the cache another one can go on from."""
+        model = self._model
+        n_window: int = ll.llama_model_n_swa(model)
+        recurrent = ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model)
+        # DeepSeek V4's compressed caches belong to one sequence each (llama-kv-cache-dsv4.cpp).
+        shares = n_window == 0 and self.architecture != "deepseek4"
+        n_spare = min(_N_SPARE, ll.llama_max_parallel_sequences() - ll.llama_n_seq_max(self.raw))
+        return Rules(n_window or None, recurrent, shares, 0 if n_window or recurrent else n_spare)
 
     @property
     def _cell_ext_bytes(self) -> int:
@@ -391,17 +441,8 @@ class Context:
             on_progress(fraction)
             return True
 
-        params = ll.llama_model_default_params()
-        params.n_gpu_layers = load.n_gpu_layers
-        params.use_extra_bufts = load.extra_buffers
+        params, _kept = _model_params(load)
         params.progress_callback = ll.llama_progress_callback(progress)
-        if load.tensor_split:
-            shares = (ctypes.c_float * max(ll.llama_max_devices(), len(load.tensor_split)))()
-            shares[: len(load.tensor_split)] = load.tensor_split
-            params.tensor_split = shares
-        if load.n_cpu_moe > 0:
-            overrides = _experts_on_host(load.n_cpu_moe)
-            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         model = ll.llama_model_load_from_file(os.fsencode(load.model_path), params)
         if model is None:
             raise self._failure("llama.cpp could not load the model")
@@ -412,29 +453,7 @@ class Context:
         return model
 
     def _create_context(self, load: Load) -> object:
-        params = ll.llama_context_default_params()
-        params.n_ctx = load.n_ctx
-        params.n_seq_max = load.n_seq_max
-        # Each running sequence needs a place in every batch.
-        params.n_batch = max(load.n_batch, load.n_seq_max)
-        params.n_ubatch = load.n_ubatch
-        # Without this the compute buffer holds logits for every token of a micro-batch.
-        params.n_outputs_max = load.n_seq_max
-        params.n_outputs_max_per_seq = 1
-        params.n_threads = load.n_threads
-        params.n_threads_batch = load.n_threads_batch
-        params.type_k = _GGML_TYPES[KvType(load.type_k)]
-        params.type_v = _GGML_TYPES[KvType(load.type_v)]
-        params.flash_attn_type = (
-            ll.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if load.flash_attn
-            else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        params.kv_unified = True
-        params.offload_kqv = True
-        params.swa_full = False
-        params.no_perf = True
-        context = ll.llama_init_from_model(self._model, params)
+        context = ll.llama_init_from_model(self._model, _context_params(load))
         if context is None:
             raise self._failure("llama.cpp could not create the context")
         return context
@@ -464,6 +483,83 @@ class Context:
         except (CacheFull, DecodeError) as error:
             raise self._failure(f"the first decode failed: {error}") from error
         ll.llama_memory_clear(self._memory, False)
+
+
+class Blueprint:
+    """A model that llama.cpp knows the sizes of: its tensors and those of its contexts are laid
+    out and not allocated (`no_alloc`), so a context takes milliseconds.
+
+    Raises LoadError for a file that will not do.
+    """
+
+    def __init__(self, load: Load, log: LoadLog) -> None:
+        self._log = log
+        if not Path(load.model_path).is_file():
+            raise LoadError(f"no model file at {load.model_path}")
+        params, _kept = _model_params(load)
+        params.no_alloc = True
+        params.load_mode = ll.LLAMA_LOAD_MODE_NONE
+        self._model = ll.llama_model_load_from_file(os.fsencode(load.model_path), params)
+        if self._model is None:
+            raise LoadError(log.failure("llama.cpp could not load the model")[0])
+
+    def lay_out(self, load: Load, listener: Callable[[str], None]) -> None:
+        """Create and drop the context of `load`; `listener` gets the log of it, piece by piece.
+
+        Raises LoadError where llama.cpp refuses the settings.
+        """
+        self._log.forget_errors()
+        _listeners.append(listener)
+        try:
+            context = ll.llama_init_from_model(self._model, _context_params(load))
+        finally:
+            _listeners.remove(listener)
+        if context is None:
+            raise LoadError(self._log.failure("llama.cpp could not create the context")[0])
+        ll.llama_free(context)
+
+    def close(self) -> None:
+        """Forget the model."""
+        ll.llama_model_free(self._model)
+
+
+def _model_params(load: Load) -> tuple[ll.llama_model_params, object]:
+    """The model parameters of a load, and what must live as long as they do."""
+    params = ll.llama_model_default_params()
+    params.n_gpu_layers = load.n_gpu_layers
+    params.use_extra_bufts = load.extra_buffers
+    shares = (ctypes.c_float * max(ll.llama_max_devices(), len(load.tensor_split)))()
+    if load.tensor_split:
+        shares[: len(load.tensor_split)] = load.tensor_split
+        params.tensor_split = shares
+    overrides = _experts_on_host(load.n_cpu_moe)
+    if load.n_cpu_moe > 0:
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    return params, (shares, overrides)
+
+
+def _context_params(load: Load) -> ll.llama_context_params:
+    params = ll.llama_context_default_params()
+    params.n_ctx = load.n_ctx
+    params.n_seq_max = load.n_seq_max
+    # Each running sequence needs a place in every batch.
+    params.n_batch = max(load.n_batch, load.n_seq_max)
+    params.n_ubatch = load.n_ubatch
+    # Without this the compute buffer holds logits for every token of a micro-batch.
+    params.n_outputs_max = load.n_seq_max
+    params.n_outputs_max_per_seq = 1
+    params.n_threads = load.n_threads
+    params.n_threads_batch = load.n_threads_batch
+    params.type_k = _GGML_TYPES[KvType(load.type_k)]
+    params.type_v = _GGML_TYPES[KvType(load.type_v)]
+    params.flash_attn_type = (
+        ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if load.flash_attn else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    params.kv_unified = True
+    params.offload_kqv = True
+    params.swa_full = False
+    params.no_perf = True
+    return params  # type: ignore[no-any-return]
 
 
 def _bytes_at(address: int) -> "ctypes._Pointer[ctypes.c_uint8]":

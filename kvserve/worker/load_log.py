@@ -74,6 +74,10 @@ class LoadLog:
         message = "; ".join(errors[:_N_ERRORS_SHOWN]) or fallback
         return message[:_LONGEST_MESSAGE], any(_OUT_OF_MEMORY.search(line) for line in errors)
 
+    def forget_errors(self) -> None:
+        """Another load begins: what went wrong in earlier ones is no reason for it."""
+        self._errors.clear()
+
     def _take_line(self, line: str) -> None:
         if self._level in (_WARN, _ERROR):
             print(line, file=sys.stderr, flush=True)

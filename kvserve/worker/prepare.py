@@ -15,6 +15,7 @@ import numpy as np
 from kvserve.errors import InvalidRequest, KvserveError
 from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.grammar import Constraint, GrammarCompiler
 from kvserve.worker.llama import Vocab
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.sequences import Generation, Limits, Tokens
@@ -29,6 +30,9 @@ class Prepared:
     generation: Generation
     sampler: Sampler
     late_text: str = ""
+    salt: str = ""
+    n_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Preparer:
         self._n_ctx = n_ctx
         self._wanted = wanted
         self._deliver = deliver
+        self._grammars = GrammarCompiler(vocab.n_tokens, vocab.grammar_tokenizer)
         self._inbox: queue.SimpleQueue[Generate] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -106,6 +111,11 @@ class Preparer:
         vocab = self._vocab
         generation = Generation(prompt, limits)
         late_text = generation.replay(request.resume, vocab.piece, vocab.ends)
+        constraint = None
+        if request.grammar is not None:
+            constraint = self._grammars.compile(request.grammar, request.resume)
+            if constraint.complete and generation.finish is None:
+                late_text += generation.end()
         bans_ends = request.ignore_eos or request.min_tokens > 0
         sampler = Sampler(
             request.sampling,
@@ -113,8 +123,17 @@ class Preparer:
             n_vocab=vocab.n_tokens,
             forbidden=vocab.forbidden_tokens,
             end_tokens=vocab.end_tokens if bans_ends else np.empty(0, dtype=np.int64),
+            constraint=constraint,
         )
-        return Prepared(request.id, generation, sampler, late_text)
+        return Prepared(
+            id=request.id,
+            generation=generation,
+            sampler=sampler,
+            late_text=late_text,
+            salt=request.cache_salt,
+            n_logprobs=request.n_logprobs,
+            constraint=constraint,
+        )
 
     def _tokens(self, request: Generate) -> Tokens:
         prompt = request.prompt

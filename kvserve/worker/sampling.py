@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvserve.ipc.messages import Sampling
 
 if TYPE_CHECKING:
+    from kvserve.worker.grammar import Constraint
     from kvserve.worker.llama import Context
     from kvserve.worker.sequences import Generation
 
@@ -78,7 +79,7 @@ class Penalties:
 
 
 class Sampler:
-    """Draws the tokens of one generation.
+    """Draws the tokens of one generation, of those that `constraint` allows.
 
     `forbidden` are never drawn, `end_tokens` not before `min_tokens` or with `ignore_eos`.
     A generation with a seed gives the same tokens after it was resumed as without: the generator
@@ -93,7 +94,9 @@ class Sampler:
         n_vocab: int,
         forbidden: NDArray[np.int64],
         end_tokens: NDArray[np.int64],
+        constraint: "Constraint | None" = None,
     ) -> None:
+        self._constraint = constraint
         self._generation = generation
         self._forbidden = forbidden
         self._end_tokens = end_tokens
@@ -134,13 +137,17 @@ class Sampler:
         chain = self._chain
         token = int(row.argmax()) if chain is None else chain.sample(context, output)
         self._penalties.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
 
     def edit(self, row: Row) -> None:
-        """Write biases, penalties and bans into the logits, in llama.cpp's order."""
+        """Write biases, penalties, bans and the grammar into the logits, in llama.cpp's order."""
         limits = self._generation.limits
         row[self._biased] += self._bias
         self._penalties.apply(row, self._generation.tokens)
         row[self._forbidden] = _BANNED
         if limits.ignore_eos or self._generation.n_generated < limits.min_tokens:
             row[self._end_tokens] = _BANNED
+        if self._constraint is not None:
+            self._constraint.apply(row)

@@ -1,14 +1,18 @@
 """Which tokens go into the next batch: values in, values out, no model.
 
-Waiting requests are admitted first come, first served, into a free sequence slot and into free
-cells of the one KV cache that all sequences share. Every admitted request has cells set aside for
-all its known tokens, so a prefill that began can always be completed; each generated token asks
-for one cell more. When the cells do not suffice, the youngest goes back to the head of the line
-and is prefilled again later; the oldest alone always fits, so it always makes progress.
+Waiting requests are admitted first come, first served, into a free place and into free cells of
+the one KV cache that all sequences share. Every admitted request has cells set aside for all its
+known tokens, so a prefill that began can always be completed; each generated token asks for one
+cell more. When the cells do not suffice, the youngest goes back to the head of the line; the
+oldest alone always fits, so it always makes progress. Cells that are only kept for later requests
+(`prefix_cache`) count as free.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
+
+from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
+from kvserve.worker.prefix_cache import Operation, PrefixCache, Reuse
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
@@ -29,23 +33,18 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Preempted:
-    """A request that lost its cells; slot `slot` must be cleared before the next decode."""
-
-    id: int
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """One decode call, `n_prefill` of its tokens from prompts. `admitted` are the requests that
-    have their place from now on, in the order of their arrival, those that come back after a
-    preemption included."""
+    """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
+
+    `admitted` are the requests that have their place from now on, in the order of their arrival,
+    those that come back after they were `preempted` included.
+    """
 
     chunks: tuple[Chunk, ...]
     n_prefill: int = 0
     admitted: tuple[int, ...] = ()
-    preempted: tuple[Preempted, ...] = ()
+    preempted: tuple[int, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -53,22 +52,42 @@ class Batch:
         return sum(chunk.count for chunk in self.chunks)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
+    """A request. `tokens[:n_tokens]` are known. It has a `sequence` from its first chunk on;
+    until then it may wait for the `n_shared` first tokens that `leader` is about to decode."""
+
     id: int
+    tokens: Tokens
     n_tokens: int
-    n_past: int = 0
-    slot: int = -1
+    salt: str
+    sequence: CachedSequence | None = None
+    leader: "_Entry | None" = None
+    n_shared: int = 0
+    n_cached: int | None = None
     decoding: bool = False
+
+    @property
+    def known(self) -> Tokens:
+        return self.tokens[: self.n_tokens]
+
+    @property
+    def n_past(self) -> int:
+        return self.sequence.n_cells if self.sequence is not None else 0
 
     @property
     def n_left(self) -> int:
         return self.n_tokens - self.n_past
 
+    @property
+    def n_promised(self) -> int:
+        """Cells that its known tokens still need."""
+        return self.n_left - self.n_shared
+
 
 @dataclass(slots=True)
 class Scheduler:
-    """Places requests in `n_slots` sequences and `n_cells` KV cells, `n_batch` tokens a step.
+    """Places up to `n_slots` requests in the `n_cells` of `cache`, `n_batch` tokens a step.
 
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
     refuses longer prompts and ends longer answers.
@@ -77,13 +96,10 @@ class Scheduler:
     n_cells: int
     n_slots: int
     n_batch: int
+    cache: PrefixCache
     _waiting: deque[_Entry] = field(default_factory=deque)
     _running: list[_Entry] = field(default_factory=list)
-    _free_slots: list[int] = field(default_factory=list)
     _closed: bool = False
-
-    def __post_init__(self) -> None:
-        self._free_slots = list(range(self.n_slots - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
@@ -91,32 +107,38 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
-    def n_cells_used(self) -> int:
-        """Cells filled so far."""
-        return sum(entry.n_past for entry in self._running)
-
-    @property
     def n_decoding(self) -> int:
         """Requests that generate."""
         return sum(entry.decoding for entry in self._running)
 
-    def add(self, request: int, n_tokens: int) -> None:
-        """Put a request of `n_tokens` known tokens at the end of the line."""
+    @property
+    def sequences(self) -> tuple[CachedSequence, ...]:
+        """All that is in the cache: of running requests, the oldest first, then what is kept, the
+        most recently used first."""
+        running = (entry.sequence for entry in self._running if entry.sequence is not None)
+        return (*running, *self.cache.kept)
+
+    def add(self, request: int, tokens: Tokens, n_tokens: int, salt: str = "") -> None:
+        """Put a request at the end of the line. `tokens[:n_tokens]` are known; the caller writes
+        every token drawn behind them before it calls `grow`."""
         if not 0 < n_tokens <= self.n_cells:
             raise ValueError(f"{n_tokens} tokens do not fit {self.n_cells} cells")
-        self._waiting.append(_Entry(request, n_tokens))
+        self._waiting.append(_Entry(request, tokens, n_tokens, salt))
 
-    def remove(self, request: int) -> int | None:
-        """Forget a request; returns its slot, to be cleared, or None where it had none."""
+    def n_cached(self, request: int) -> int:
+        """Tokens of a running request that were in the cache when it was admitted first."""
+        return self._find(request).n_cached or 0
+
+    def remove(self, request: int, *, broken: bool = False) -> None:
+        """Forget a request. Its cells are kept for others, unless they are `broken`."""
         for entry in self._waiting:
             if entry.id == request:
                 self._waiting.remove(entry)
-                return None
+                return
         entry = self._find(request)
         self._running.remove(entry)
-        self._free_slots.append(entry.slot)
         self._closed = False
-        return entry.slot
+        self._leave_cache(entry, broken=broken)
 
     def grow(self, request: int) -> None:
         """A token was drawn for a running request: it goes into the next batch."""
@@ -127,33 +149,41 @@ class Scheduler:
     def plan(self, n_prefill_max: int) -> Batch:
         """The next batch: one token of every generating request, then up to `n_prefill_max`
         prompt tokens. Empty only where nothing waits or runs."""
+        self._begin_followers()
         preempted = self._make_room()
         admitted = self._admit()
-        decoding = [entry for entry in self._running if entry.decoding and entry.n_left == 1]
-        prefilling = [entry for entry in self._running if not entry.decoding]
+        decoding = [entry for entry in self._running if entry.decoding]
+        prefilling = [entry for entry in self._running if entry.sequence and not entry.decoding]
         chunks = [_chunk(entry, 1) for entry in decoding]
         budget = min(max(n_prefill_max, 1), self.n_batch - len(decoding))
         shares = _share(prefilling, budget)
         chunks += [_chunk(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
-        return Batch(tuple(chunks), n_prefill, admitted, preempted)
+        self.cache.make_room(len(decoding) + n_prefill)
+        operations = self.cache.take_operations()
+        return Batch(tuple(chunks), n_prefill, admitted, preempted, operations)
 
     def commit(self, batch: Batch) -> None:
         """The batch was decoded: its tokens are in the cache now."""
         entries = {entry.id: entry for entry in self._running}
         for chunk in batch.chunks:
-            entries[chunk.id].n_past += chunk.count
+            sequence = entries[chunk.id].sequence
+            assert sequence is not None
+            self.cache.append(sequence, chunk.count)
 
-    def preempt_youngest(self) -> Preempted | None:
-        """For a cache that is fuller than its cells tell: take the youngest request out.
+    def relieve(self) -> bool:
+        """For a cache that is fuller than its cells tell: give up what is kept, oldest first, then
+        the youngest request, after which nobody is admitted until another one ends.
 
-        Nobody is admitted until another request ends. None where only one runs, which can then
-        not be helped.
+        False where only one request runs, which can then not be helped.
         """
+        if self.cache.evict_oldest():
+            return True
         if len(self._running) < 2:
-            return None
+            return False
         self._closed = True
-        return self._preempt()
+        self._preempt(broken=True)
+        return True
 
     def _find(self, request: int) -> _Entry:
         for entry in self._running:
@@ -161,15 +191,20 @@ class Scheduler:
                 return entry
         raise KeyError(request)
 
-    def _preempt(self) -> Preempted:
+    def _preempt(self, *, broken: bool = False) -> int:
         entry = self._running.pop()
-        taken = Preempted(entry.id, entry.slot)
-        self._free_slots.append(entry.slot)
-        entry.n_past, entry.slot, entry.decoding = 0, -1, False
+        self._leave_cache(entry, broken=broken)
+        entry.decoding = False
         self._waiting.appendleft(entry)
-        return taken
+        return entry.id
 
-    def _make_room(self) -> tuple[Preempted, ...]:
+    def _leave_cache(self, entry: _Entry, *, broken: bool) -> None:
+        if entry.sequence is not None:
+            (self.cache.drop if broken else self.cache.keep)(entry.sequence)
+        entry.sequence = entry.leader = None
+        entry.n_shared = 0
+
+    def _make_room(self) -> tuple[int, ...]:
         preempted = []
         while len(self._running) > 1 and self._n_cells_promised() > self.n_cells:
             preempted.append(self._preempt())
@@ -177,21 +212,56 @@ class Scheduler:
 
     def _admit(self) -> tuple[int, ...]:
         admitted = []
-        while self._waiting and self._free_slots and not self._closed:
+        while self._waiting and len(self._running) < self.n_slots and not self._closed:
             entry = self._waiting[0]
+            reuse = self.cache.find(entry.known, entry.salt)
+            self._follow(entry, self._running, reuse)
+            n_new = entry.n_promised - (reuse.n_pinned if reuse and entry.leader is None else 0)
             growth = _GROWTH_CELLS * len(self._running)
-            if self._running and (
-                self._n_cells_promised() + entry.n_tokens + growth > self.n_cells
-            ):
+            if self._running and self._n_cells_promised() + n_new + growth > self.n_cells:
+                entry.leader, entry.n_shared = None, 0
                 break
             self._waiting.popleft()
-            entry.slot = self._free_slots.pop()
             self._running.append(entry)
+            if entry.leader is None:
+                self._begin(entry, reuse)
             admitted.append(entry.id)
         return tuple(admitted)
 
+    def _begin(self, entry: _Entry, reuse: Reuse | None) -> None:
+        entry.sequence = self.cache.open(entry.tokens, entry.salt, reuse)
+        if entry.n_cached is None:
+            entry.n_cached = entry.sequence.n_cells
+
+    def _follow(self, entry: _Entry, others: list[_Entry], reuse: Reuse | None) -> None:
+        """Let a request wait for an older one that is decoding the same tokens just now, and share
+        its cells then, where that saves more than what is cached already."""
+        entry.leader, entry.n_shared = None, 0
+        if not self.cache.rules.cuts_anywhere:
+            return
+        n_worth = self.cache.shortest + (reuse.n_tokens if reuse else 0)
+        for other in others:
+            if other.n_left <= 1 or other.salt != entry.salt:
+                continue
+            n_both = min(n_common(other.known, entry.known), entry.n_tokens - 1)
+            if n_both >= max(n_worth, entry.n_shared + 1):
+                entry.leader, entry.n_shared = other, n_both
+
+    def _begin_followers(self) -> None:
+        for index, entry in enumerate(self._running):
+            if entry.leader is None:
+                continue
+            older = self._running[:index]
+            alive = any(entry.leader is other for other in older)
+            if alive and entry.leader.n_past < entry.n_shared:
+                continue
+            reuse = self.cache.find(entry.known, entry.salt)
+            self._follow(entry, older, reuse)
+            if entry.leader is None:
+                self._begin(entry, reuse)
+
     def _n_cells_promised(self) -> int:
-        return sum(entry.n_tokens for entry in self._running)
+        return self.cache.n_pinned + sum(entry.n_promised for entry in self._running)
 
 
 def _share(prefilling: list[_Entry], budget: int) -> list[tuple[_Entry, int]]:
@@ -213,4 +283,7 @@ def _share(prefilling: list[_Entry], budget: int) -> list[tuple[_Entry, int]]:
 
 
 def _chunk(entry: _Entry, count: int) -> Chunk:
-    return Chunk(entry.id, entry.slot, entry.n_past, count, entry.n_past + count == entry.n_tokens)
+    assert entry.sequence is not None
+    start = entry.n_past
+    last = start + count == entry.n_tokens
+    return Chunk(entry.id, entry.sequence.slot, start, count, last)

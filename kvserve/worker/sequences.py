@@ -71,6 +71,11 @@ class Generation:
         self._matcher = StopMatcher(limits.stop)
 
     @property
+    def buffer(self) -> Tokens:
+        """The array that `tokens` is the beginning of; generated tokens are written into it."""
+        return self._tokens
+
+    @property
     def tokens(self) -> Tokens:
         """A view of the prompt and the generated tokens."""
         return self._tokens[: self.n_tokens]
@@ -97,6 +102,10 @@ class Generation:
         if self.n_generated >= self.limits.max_tokens:
             return text + self._close("length")
         return text
+
+    def end(self) -> str:
+        """End a generation that nothing else ended, as if the model had; returns the rest."""
+        return self._close("stop")
 
     def replay(
         self, tokens: Sequence[int], piece: Callable[[int], bytes], ends: Callable[[int], bool]

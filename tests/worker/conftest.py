@@ -31,6 +31,7 @@ from kvserve.ipc.messages import (
     Started,
     Step,
     TextPrompt,
+    TokenLogprobs,
     ToWorker,
 )
 
@@ -47,6 +48,7 @@ class Answer:
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     n_prompt: int | None = None
     end: End | None = None
     refusal: Failed | NeedsContext | None = None
@@ -137,6 +139,8 @@ class Peer:
                 for delta in message.deltas:
                     self.answers[delta.id].text += delta.text
                     self.answers[delta.id].tokens += delta.tokens
+                for logprobs in message.logprobs:
+                    self.answers[logprobs.id].logprobs.append(logprobs)
                 for end in message.ends:
                     assert not self.answers[end.id].done
                     self.answers[end.id].end = end

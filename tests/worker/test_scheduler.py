@@ -1,130 +1,120 @@
-"""The scheduler against a model that only counts cells."""
+"""The scheduler against a memory that knows the token of every cell."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.worker.pace import Pace
-from kvserve.worker.scheduler import Batch, Scheduler
+from kvserve.worker.scheduler import Scheduler
+from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
+
+TEXTS = ([1] * 200, [1] * 5 + [2] * 195, [1, 2] * 100, list(range(200)))
 
 
 @dataclass(frozen=True)
 class Ask:
     arrives: int
-    n_prompt: int
+    prompt: tuple[int, ...]
     n_answer: int
     cancelled_after: int | None = None
-
-
-@dataclass
-class FakeModel:
-    """Keeps the cells of each slot and checks every batch against them.
-
-    `n_really` may be less than the scheduler believes: then decodes fail as llama.cpp's do.
-    """
-
-    scheduler: Scheduler
-    n_really: int
-    cells: dict[int, int] = field(default_factory=dict)
-    owner: dict[int, int] = field(default_factory=dict)
-
-    def decode(self, batch: Batch) -> bool:
-        wanted = sum(self.cells.values()) + batch.n_tokens
-        if wanted > self.n_really:
-            return False
-        for chunk in batch.chunks:
-            assert chunk.start == self.cells.get(chunk.slot, 0)
-            assert self.owner.setdefault(chunk.slot, chunk.id) == chunk.id
-            assert 0 <= chunk.slot < self.scheduler.n_slots
-            self.cells[chunk.slot] = chunk.start + chunk.count
-        assert sum(self.cells.values()) <= self.scheduler.n_cells
-        return True
-
-    def clear(self, slot: int) -> None:
-        self.cells.pop(slot, None)
-        self.owner.pop(slot, None)
+    salt: str = ""
 
 
 @dataclass
 class Run:
+    """One workload, played to its end."""
+
+    scheduler: Scheduler
+    memory: FakeMemory
+    asks: list[Ask]
+    prefill: int
+    tokens: dict[int, np.ndarray] = field(default_factory=dict)
+    known: dict[int, list[int]] = field(default_factory=dict)
+    live: list[int] = field(default_factory=list)
     ended: Counter[int] = field(default_factory=Counter)
     admitted: list[int] = field(default_factory=list)
     cancelled: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
-    n_preempted: int = 0
+    n_cached: dict[int, int] = field(default_factory=dict)
+    n_prefilled: int = 0
     n_steps: int = 0
 
+    def play(self) -> "Run":
+        pending = sorted(range(len(self.asks)), key=lambda n: self.asks[n].arrives)
+        while pending or self.live:
+            self.n_steps += 1
+            assert self.n_steps < 20_000, "livelock"
+            while pending and (self.asks[pending[0]].arrives <= self.n_steps or not self.live):
+                self._add(pending.pop(0))
+            for n in [n for n in self.live if self.asks[n].cancelled_after == self.n_steps]:
+                self._drop(n)
+                self.cancelled.add(n)
+            if self.live:
+                self._step()
+        self.memory.change(self.scheduler.cache.take_operations())
+        self._check_cells()
+        return self
 
-def simulate(scheduler: Scheduler, asks: list[Ask], prefill: int, n_really: int) -> Run:
-    run, model = Run(), FakeModel(scheduler, n_really)
-    known = {n: ask.n_prompt for n, ask in enumerate(asks)}
-    pending = sorted(range(len(asks)), key=lambda n: asks[n].arrives)
-    live: list[int] = []
-    while pending or live:
-        run.n_steps += 1
-        assert run.n_steps < 20_000, "livelock"
-        while pending and (asks[pending[0]].arrives <= run.n_steps or not live):
-            live.append(pending.pop(0))
-            scheduler.add(live[-1], known[live[-1]])
-        for n in [n for n in live if asks[n].cancelled_after == run.n_steps]:
-            _drop(scheduler, model, live, n)
-            run.cancelled.add(n)
-        if not live:
-            continue
-        _step(scheduler, model, asks, known, live, run, prefill)
-    return run
+    def _add(self, n: int) -> None:
+        ask = self.asks[n]
+        self.tokens[n] = np.zeros(len(ask.prompt) + ask.n_answer, dtype=np.int32)
+        self.tokens[n][: len(ask.prompt)] = ask.prompt
+        self.known[n] = list(ask.prompt)
+        self.live.append(n)
+        self.scheduler.add(n, self.tokens[n], len(ask.prompt), ask.salt)
 
+    def _step(self) -> None:
+        scheduler = self.scheduler
+        decoding_before = scheduler.n_decoding
+        batch = scheduler.plan(self.prefill)
+        self.admitted += [n for n in batch.admitted if n not in self.admitted]
+        self.n_prefilled += batch.n_prefill
+        assert batch.chunks
+        assert 0 < batch.n_tokens <= scheduler.n_batch
+        assert batch.n_prefill <= max(self.prefill, 1)
+        assert self.live[0] in {chunk.id for chunk in batch.chunks}
+        assert batch.n_tokens - batch.n_prefill >= decoding_before - len(batch.preempted)
+        assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
+        assert sum(chunk.last for chunk in batch.chunks) <= scheduler.n_slots
+        if not self.memory.decode(batch, self.known):
+            if not scheduler.relieve():
+                self.failed.add(self.live[0])
+                self._drop(self.live[0], broken=True)
+            return
+        scheduler.commit(batch)
+        self._check_cells()
+        for chunk in batch.chunks:
+            assert chunk.last == (chunk.start + chunk.count == len(self.known[chunk.id]))
+            if chunk.last:
+                self._draw(chunk.id)
 
-def _step(scheduler, model, asks, known, live, run, prefill) -> None:
-    decoding_before = scheduler.n_decoding
-    batch = scheduler.plan(prefill)
-    for preempted in batch.preempted:
-        model.clear(preempted.slot)
-    run.n_preempted += len(batch.preempted)
-    run.admitted += [n for n in batch.admitted if n not in run.admitted]
-    assert batch.chunks
-    assert 0 < batch.n_tokens <= scheduler.n_batch
-    assert batch.n_prefill <= max(prefill, 1)
-    assert live[0] in {chunk.id for chunk in batch.chunks}
-    assert batch.n_tokens - batch.n_prefill >= decoding_before - len(batch.preempted)
-    assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
-    assert sum(chunk.last for chunk in batch.chunks) <= scheduler.n_slots
-    if not model.decode(batch):
-        preempted = scheduler.preempt_youngest()
-        if preempted is None:
-            run.failed.add(live[0])
-            _drop(scheduler, model, live, live[0])
-        else:
-            model.clear(preempted.slot)
-            run.n_preempted += 1
-        return
-    scheduler.commit(batch)
-    assert scheduler.n_cells_used == sum(model.cells.values())
-    for chunk in batch.chunks:
-        n = chunk.id
-        assert chunk.last == (chunk.start + chunk.count == known[n])
-        if not chunk.last:
-            continue
-        if known[n] - asks[n].n_prompt + 1 >= asks[n].n_answer:
-            run.ended[n] += 1
-            _drop(scheduler, model, live, n)
-        else:
-            known[n] += 1
-            scheduler.grow(n)
+    def _draw(self, n: int) -> None:
+        ask, known = self.asks[n], self.known[n]
+        if len(known) - len(ask.prompt) + 1 >= ask.n_answer:
+            self.ended[n] += 1
+            self.n_cached[n] = self.scheduler.n_cached(n)
+            self._drop(n)
+            return
+        self.tokens[n][len(known)] = 3 + sum(known) % 2
+        known.append(int(self.tokens[n][len(known)]))
+        self.scheduler.grow(n)
 
+    def _drop(self, n: int, *, broken: bool = False) -> None:
+        self.live.remove(n)
+        self.scheduler.remove(n, broken=broken)
 
-def _drop(scheduler: Scheduler, model: FakeModel, live: list[int], n: int) -> None:
-    live.remove(n)
-    slot = scheduler.remove(n)
-    if slot is not None:
-        model.clear(slot)
+    def _check_cells(self) -> None:
+        cache = self.scheduler.cache
+        assert cache.n_pinned + cache.n_kept == self.memory.n_used
+        assert self.memory.n_used <= self.scheduler.n_cells
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[Scheduler, list[Ask], int]:
+def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
     n_cells = draw(st.integers(8, 200))
     n_slots = draw(st.integers(1, 6))
     n_batch = draw(st.integers(n_slots, 64))
@@ -133,47 +123,93 @@ def workloads(draw: st.DrawFn) -> tuple[Scheduler, list[Ask], int]:
         n_prompt = draw(st.integers(1, n_cells - 1))
         asks.append(
             Ask(
-                arrives=draw(st.integers(0, 40)),
-                n_prompt=n_prompt,
+                arrives=draw(st.integers(0, 60)),
+                prompt=tuple(draw(st.sampled_from(TEXTS))[:n_prompt]),
                 n_answer=draw(st.integers(1, n_cells - n_prompt)),
                 cancelled_after=draw(st.none() | st.integers(1, 60)),
+                salt=draw(st.sampled_from(("", "", "", "pepper"))),
             )
         )
-    return Scheduler(n_cells, n_slots, n_batch), asks, draw(st.integers(1, 64))
+    scheduler, memory = fake_scheduler(
+        n_cells,
+        n_slots,
+        n_batch,
+        draw(st.sampled_from(ALL_RULES)),
+        n_really=max(n_cells * draw(st.integers(n_really_percent, 100)) // 100, 1),
+        shortest=draw(st.integers(1, 4)),
+    )
+    return Run(scheduler, memory, asks, draw(st.integers(1, 64)))
 
 
 @given(workloads())
-@settings(deadline=None)
-def test_every_request_ends_exactly_once_and_starts_in_order(workload) -> None:
-    scheduler, asks, prefill = workload
-    run = simulate(scheduler, asks, prefill, scheduler.n_cells)
-    for n in range(len(asks)):
+@settings(deadline=None, max_examples=300)
+def test_every_request_ends_exactly_once_and_starts_in_order(run: Run) -> None:
+    run.play()
+    for n in range(len(run.asks)):
         assert (run.ended[n], n in run.cancelled) in {(1, False), (0, True)}
-    arrivals = [asks[n].arrives for n in run.admitted]
+    arrivals = [run.asks[n].arrives for n in run.admitted]
     assert arrivals == sorted(arrivals)
-    assert not scheduler.has_work
-    assert scheduler.n_cells_used == 0
+    assert not run.scheduler.has_work
+    assert run.scheduler.cache.n_pinned == 0
+    assert all(cached < len(run.asks[n].prompt) for n, cached in run.n_cached.items())
 
 
-@given(workloads(), st.integers(1, 100))
-@settings(deadline=None)
-def test_a_cache_that_is_fuller_than_it_seems_fails_only_what_cannot_fit_alone(
-    workload, percent: int
-) -> None:
-    scheduler, asks, prefill = workload
-    n_really = max(scheduler.n_cells * percent // 100, 1)
-    run = simulate(scheduler, asks, prefill, n_really)
-    for n, ask in enumerate(asks):
+@given(workloads(n_really_percent=1))
+@settings(deadline=None, max_examples=200)
+def test_a_cache_that_is_fuller_than_it_seems_fails_only_what_cannot_fit_alone(run: Run) -> None:
+    run.play()
+    for n, ask in enumerate(run.asks):
         assert run.ended[n] + (n in run.cancelled) + (n in run.failed) == 1
         if n in run.failed:
-            assert ask.n_prompt + ask.n_answer > n_really
+            assert len(ask.prompt) + ask.n_answer > run.memory.n_cells
+
+
+def play(asks: list[Ask], n_cells: int = 1000, rules=PLAIN, n_slots: int = 4) -> Run:
+    scheduler, memory = fake_scheduler(n_cells, n_slots, 64, rules)
+    return Run(scheduler, memory, asks, 64).play()
+
+
+def test_a_request_shares_the_cells_of_a_running_one() -> None:
+    run = play([Ask(0, (1,) * 50, 20), Ask(10, (1,) * 40 + (7,) * 10, 5)])
+    assert run.n_cached[1] == 40
+    assert run.n_prefilled == 60
+
+
+def test_requests_that_arrive_together_prefill_their_common_beginning_once() -> None:
+    run = play([Ask(0, (*range(200), 300 + n), 5) for n in range(4)])
+    assert run.n_prefilled == 204
+    assert run.n_cached == {0: 0, 1: 200, 2: 200, 3: 200}
+
+
+def test_a_follower_whose_leader_is_cancelled_goes_on_from_what_it_left() -> None:
+    run = play([Ask(0, (*range(200), 7), 5, cancelled_after=3), Ask(1, (*range(200), 8), 5)])
+    assert (run.cancelled, run.ended) == ({0}, {1: 1})
+    assert 0 < run.n_cached[1] < 200
+
+
+def test_sliding_windows_are_never_shared_by_running_requests() -> None:
+    run = play([Ask(0, (1,) * 50, 20), Ask(10, (1,) * 50, 5)], rules=WINDOW)
+    assert run.n_cached == {0: 0, 1: 0}
+
+
+def test_salts_part_what_would_be_shared() -> None:
+    prompt = (1,) * 50
+    run = play([Ask(0, prompt, 5), Ask(20, prompt, 5, salt="a"), Ask(40, prompt, 5, salt="a")])
+    assert run.n_cached == {0: 0, 1: 0, 2: 49}
+
+
+def test_a_preempted_request_comes_back_to_its_cells() -> None:
+    """Both grow beyond the cells; the younger one's are still there when the older one ends."""
+    run = play([Ask(0, (1,) * 10, 22), Ask(0, (2,) * 10, 40)], n_cells=64)
+    assert run.ended == {0: 1, 1: 1}
+    assert run.n_prefilled < 10 + 10 + 33
 
 
 def test_a_short_prompt_passes_a_long_one() -> None:
-    scheduler = Scheduler(n_cells=10_000, n_slots=4, n_batch=64)
-    scheduler.add(1, 6400)
+    scheduler, _ = fake_scheduler(n_cells=10_000, n_slots=4, n_batch=64)
+    scheduler.add(1, np.full(6400, 5), 6400)
     scheduler.commit(scheduler.plan(64))
-    scheduler.add(2, 32)
+    scheduler.add(2, np.full(32, 6), 32)
     batch = scheduler.plan(64)
     assert [(chunk.id, chunk.count, chunk.last) for chunk in batch.chunks] == [
         (1, 32, False),
@@ -181,30 +217,28 @@ def test_a_short_prompt_passes_a_long_one() -> None:
     ]
 
 
-def test_the_youngest_is_preempted_and_prefilled_again_with_all_its_tokens() -> None:
-    scheduler = Scheduler(n_cells=64, n_slots=2, n_batch=64)
-    scheduler.add(1, 10)
-    scheduler.add(2, 10)
-    slots: dict[int, int] = {}
+def test_the_youngest_is_preempted_and_decoded_again_from_where_its_cells_end() -> None:
+    scheduler, _ = fake_scheduler(n_cells=64, n_slots=2, n_batch=64)
+    scheduler.add(1, np.full(64, 5), 10)
+    scheduler.add(2, np.full(64, 6), 10)
     while not (batch := scheduler.plan(64)).preempted:
-        slots |= {chunk.id: chunk.slot for chunk in batch.chunks}
         scheduler.commit(batch)
         for chunk in batch.chunks:
             scheduler.grow(chunk.id)
-    assert [(taken.id, taken.slot) for taken in batch.preempted] == [(2, slots[2])]
+    assert batch.preempted == (2,)
     assert [chunk.id for chunk in batch.chunks] == [1]
     scheduler.commit(batch)
-    scheduler.remove(1)
+    scheduler.remove(1, broken=True)
     again = scheduler.plan(64)
     assert again.admitted == (2,)
-    assert [(chunk.start, chunk.count, chunk.last) for chunk in again.chunks] == [(0, 33, True)]
+    assert [(chunk.start, chunk.count, chunk.last) for chunk in again.chunks] == [(31, 2, True)]
 
 
 def test_refuses_what_can_never_fit() -> None:
-    scheduler = Scheduler(n_cells=64, n_slots=2, n_batch=64)
+    scheduler, _ = fake_scheduler(n_cells=64, n_slots=2, n_batch=64)
     for n_tokens in (0, 65):
         with pytest.raises(ValueError, match="do not fit"):
-            scheduler.add(1, n_tokens)
+            scheduler.add(1, np.zeros(65), n_tokens)
 
 
 def test_pace_follows_the_machine() -> None:

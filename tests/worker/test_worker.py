@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from kvserve.ipc.messages import (
     Cancel,
@@ -94,12 +95,8 @@ def test_resumed_answers_go_on_as_if_nothing_had_happened(worker, sampling: Samp
         rest = worker.complete(PROMPTS[1], resume=tuple(whole.tokens[:n]), **usual)
         assert rest.tokens == whole.tokens[n:]
         assert whole.text.endswith(rest.text)
-        assert rest.end == _with_id(whole.end, rest.end.id)
-
-
-def _with_id(end, request: int):
-    fields = {name: getattr(end, name) for name in end.__struct_fields__}
-    return type(end)(**(fields | {"id": request}))
+        expected = replace(whole.end, id=rest.end.id, n_cached_tokens=rest.end.n_cached_tokens)
+        assert rest.end == expected
 
 
 def test_cancel_frees_the_cells_and_sends_nothing_more(worker) -> None:
@@ -207,6 +204,27 @@ def test_preemption_changes_no_answer(workers, load_message) -> None:
     for prompt, answer in zip(prompts, together, strict=True):
         assert answer.end.n_generated_tokens == 20
         assert peer.complete(prompt, **usual).text == answer.text
+
+
+def test_turns_longer_than_the_sliding_window_answer_as_a_cold_run(workers, load_message) -> None:
+    """Gemma looks back 512 tokens in most of its layers."""
+    peer = workers.start()
+    assert isinstance(peer.load(load_message(n_ctx=2048, n_seq_max=2)), Loaded)
+    tokens = [2, *(236743, 236770, 236744) * 230]
+    for turn in range(3):
+        answer = peer.complete(TokenPrompt(tuple(tokens)), max_tokens=40, ignore_eos=True)
+        n_known = len(tokens) - 1 - 91 if turn else 0
+        assert answer.end.n_cached_tokens == n_known
+        cold = peer.complete(
+            TokenPrompt(tuple(tokens)), max_tokens=40, ignore_eos=True, cache_salt=f"turn {turn}"
+        )
+        assert cold.end.n_cached_tokens == 0
+        assert answer.tokens == cold.tokens
+        tokens += [*answer.tokens, *(236743, 236770, 236744) * 30, 107]
+    # The end of the first turn is out of the window by now, and in the way: nothing is reused.
+    early = [*tokens[:400], 107, 236743]
+    again = peer.complete(TokenPrompt(tuple(early)), max_tokens=10, ignore_eos=True)
+    assert again.end.n_cached_tokens == 0
 
 
 def test_pause_kill_and_resume_in_a_new_worker(workers, load_message, worker) -> None:

@@ -1,0 +1,138 @@
+"""Constrained output: which tokens a grammar allows next, by llguidance.
+
+The mask for the next token is computed on a thread while the model decodes the last one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import get_bitmask_shape
+from numpy.typing import NDArray
+
+from kvserve.errors import InvalidRequest
+from kvserve.ipc.messages import Grammar
+
+_MOST_CHARS = 256 * 1024
+_MOST_ERROR_CHARS = 300
+_MOST_KNOWN = 16
+_MASK_THREADS = 4
+_PARAM = "response_format"
+_ANY_OBJECT = '{"type":"object"}'
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
+"""Between JSON tokens. Without a bound, small models write blanks to the end of the context."""
+
+Row = NDArray[np.float32]
+
+
+class Constraint:
+    """The state of one generation in its grammar. For one thread at a time.
+
+    When `complete`, the text is whole: nothing but an end token could follow. `error` tells why
+    the grammar cannot be followed any further, such as a limit on its complexity.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, n_vocab: int, executor: Executor, resume: Sequence[int] = ()
+    ) -> None:
+        self.complete = False
+        self.error: str | None = None
+        self._matcher = matcher
+        self._mask = np.empty(get_bitmask_shape(1, n_vocab)[1], dtype=np.int32)
+        self._n_vocab = n_vocab
+        self._executor = executor
+        self._forbidden: Future[NDArray[np.bool_]] | None = None
+        matcher.consume_tokens(list(resume))
+        self._look_ahead()
+
+    def accept(self, token: int) -> None:
+        """Go on by a token, and begin to compute which ones may follow."""
+        self._matcher.consume_token(token)
+        self._look_ahead()
+
+    def apply(self, row: Row) -> None:
+        """Rule out the logits of tokens that may not follow."""
+        if self._forbidden is not None:
+            # Lower than any ban: a banned end token may be the only one that the grammar allows.
+            np.copyto(row, -np.inf, where=self._forbidden.result())
+
+    def _look_ahead(self) -> None:
+        # While the mask is computed, the matcher can be asked nothing.
+        self.complete = self._matcher.is_stopped()
+        self.error = _shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+        self._forbidden = None if self.complete else self._executor.submit(self._compute)
+
+    def _compute(self) -> NDArray[np.bool_]:
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        allowed = np.unpackbits(self._mask.view(np.uint8), count=self._n_vocab, bitorder="little")
+        forbidden: NDArray[np.bool_] = allowed == 0
+        return forbidden
+
+
+class GrammarCompiler:
+    """Makes constraints. `build_tokenizer` is called at the first one: it takes a second or two.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, n_vocab: int, build_tokenizer: Callable[[], LLTokenizer]) -> None:
+        self._n_vocab = n_vocab
+        self._build_tokenizer = build_tokenizer
+        self._tokenizer: LLTokenizer | None = None
+        self._executor = ThreadPoolExecutor(_MASK_THREADS, "mask")
+        self._known: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+
+    def compile(self, grammar: Grammar, resume: Sequence[int] = ()) -> Constraint:
+        """A constraint at its beginning, or after the tokens of `resume`.
+
+        Raises InvalidRequest, with llguidance's words, for what is no grammar or too large a one.
+        """
+        matcher = self._known.pop(grammar, None)
+        if matcher is None:
+            matcher = self._parse(grammar)
+        self._known[grammar] = matcher
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+        constraint = Constraint(matcher.deep_copy(), self._n_vocab, self._executor, resume)
+        if constraint.error is not None:
+            raise InvalidRequest(f"the grammar cannot go on: {constraint.error}", param=_PARAM)
+        return constraint
+
+    def _parse(self, grammar: Grammar) -> LLMatcher:
+        if len(grammar.text) > _MOST_CHARS:
+            raise InvalidRequest(f"the grammar is over {_MOST_CHARS} characters", param=_PARAM)
+        if self._tokenizer is None:
+            self._tokenizer = self._build_tokenizer()
+        limits = LLParserLimits(verbose_errors=False)
+        try:
+            text = _to_llguidance(grammar)
+        except ValueError as error:
+            raise InvalidRequest(f"bad {grammar.kind}: {_shorten(error)}", param=_PARAM) from None
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            problem = _shorten(matcher.get_error())
+            raise InvalidRequest(f"bad {grammar.kind}: {problem}", param=_PARAM)
+        return matcher
+
+
+def _to_llguidance(grammar: Grammar) -> str:
+    match grammar.kind:
+        case "json_object":
+            return _from_schema(_ANY_OBJECT)
+        case "json_schema":
+            return _from_schema(grammar.text)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "lark":
+            return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _from_schema(schema: str) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+
+
+def _shorten(problem: object) -> str:
+    text = " ".join(str(problem).split())
+    return text if len(text) <= _MOST_ERROR_CHARS else f"{text[:_MOST_ERROR_CHARS]}…"

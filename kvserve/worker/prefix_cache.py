@@ -1,0 +1,301 @@
+"""Sequences that stay in the KV cache after their request, for later ones that begin alike.
+
+What a running request needs always goes before what is kept: kept cells and sequence ids are given
+up as soon as they are wanted, the least recently used first. Nothing here touches llama.cpp: what
+is to be done to its memory comes out as `Operation`s, to be carried out in order before the next
+decode.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvserve.worker.cell_tree import CachedSequence, CellTree, Match, Tokens
+
+_SHORTEST = 16
+"""Fewer tokens are not worth the walk over all cells that sharing takes."""
+_EVICTED_SHARE = 64
+"""At least a 64th of all cells is given up at a time, lest a running request ask at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Sequence `target`, which is empty, shares the first `n_tokens` cells of `source`."""
+
+    source: int
+    target: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Sequence `slot` keeps its first `n_tokens` tokens."""
+
+    slot: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Sequence `slot` gives up all it holds."""
+
+    slot: int
+
+
+Operation = Copy | Cut | Clear
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a model's memory allows.
+
+    `n_window` is the sliding window of some of its layers: their older cells are overwritten, so a
+    sequence can be cut only where the window before the cut is still there, and its cells are not
+    shared, since llama.cpp overwrites none that two sequences hold (find_slot in
+    src/llama-kv-cache.cpp). `recurrent` memory holds one state for all tokens and cannot be cut at
+    all (src/llama-memory-recurrent.cpp). `shares` says whether two sequences may hold the same
+    cells. `n_spare` are sequence ids beside those that a batch may use: only plain attention has
+    any, and there they cost nothing.
+    """
+
+    n_window: int | None = None
+    recurrent: bool = False
+    shares: bool = True
+    n_spare: int = 0
+
+    @property
+    def cuts_anywhere(self) -> bool:
+        """Whether any beginning of a sequence is as good as the whole."""
+        return self.n_window is None and not self.recurrent
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """`match` can be reused; running sequences use `n_pinned` of its cells.
+
+    `source` holds them; where `takes`, it is a kept one and becomes the new sequence.
+    """
+
+    match: Match
+    source: CachedSequence
+    n_pinned: int
+    takes: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that need not be decoded again."""
+        return self.match.n_tokens
+
+
+class PrefixCache:
+    """The sequences of a KV cache with `n_cells`, whose batches use the ids below `n_slots`.
+
+    `first_position` tells the lowest position of a sequence that the cache really holds, -1 for
+    none. Beginnings shorter than `shortest` are not reused.
+    """
+
+    def __init__(
+        self,
+        n_cells: int,
+        n_slots: int,
+        rules: Rules,
+        first_position: Callable[[int], int],
+        shortest: int = _SHORTEST,
+    ) -> None:
+        self.shortest = shortest
+        self.rules = rules
+        self._n_cells = n_cells
+        self._n_slots = n_slots
+        self._first_position = first_position
+        self._tree = CellTree()
+        self._kept: dict[CachedSequence, None] = {}
+        self._free_slots = list(range(n_slots - 1, -1, -1))
+        self._free_spares = list(range(n_slots + rules.n_spare - 1, n_slots - 1, -1))
+        self._operations: list[Operation] = []
+
+    @property
+    def n_pinned(self) -> int:
+        """Cells that running sequences use; a shared one counts once."""
+        return self._tree.n_pinned
+
+    @property
+    def n_kept(self) -> int:
+        """Cells that only kept sequences use: free for the asking."""
+        return self._tree.n_cells - self._tree.n_pinned
+
+    @property
+    def kept(self) -> tuple[CachedSequence, ...]:
+        """The kept sequences, the most recently used first."""
+        return tuple(reversed(self._kept))
+
+    def take_operations(self) -> tuple[Operation, ...]:
+        """What is to be done to the memory, since the last call."""
+        operations = tuple(self._operations)
+        self._operations.clear()
+        return operations
+
+    def find(self, tokens: Tokens, salt: str) -> Reuse | None:
+        """The longest beginning of `tokens` that can be reused.
+
+        At least the last token is left to be decoded: its logits are wanted.
+        """
+        for found in self._tree.match(tokens, salt):
+            match = self._tree.shorten(found, min(found.n_tokens, len(tokens) - 1))
+            if match.n_tokens < self.shortest:
+                break
+            reuse = self._judge(match)
+            if reuse is not None:
+                return reuse
+        return None
+
+    def open(self, tokens: Tokens, salt: str, reuse: Reuse | None) -> CachedSequence:
+        """Begin a running sequence, on top of what is reused. The caller has at most `n_slots`
+        running."""
+        if reuse is None:
+            return self._tree.open(self._take_slot(), tokens, salt)
+        source = reuse.source
+        if source in self._kept:
+            self._touch(source)
+        if reuse.takes:
+            return self._take_over(reuse, tokens)
+        slot = self._take_slot()
+        self._operations.append(Copy(source.slot, slot, reuse.n_tokens))
+        return self._tree.open(slot, tokens, salt, reuse.match)
+
+    def append(self, sequence: CachedSequence, n_tokens: int) -> None:
+        """A decode filled cells for the next `n_tokens` tokens of a running sequence."""
+        self._tree.append(sequence, n_tokens)
+
+    def keep(self, sequence: CachedSequence) -> None:
+        """A sequence's request ended or waits again: its cells stay until others need them."""
+        self._tree.stop(sequence)
+        known = self._known(sequence)
+        if sequence.n_cells < self.shortest or known is not None:
+            self._drop(sequence)
+            if known is not None:
+                self._touch(known)
+            return
+        self._kept[sequence] = None
+
+    def drop(self, sequence: CachedSequence) -> None:
+        """Forget a running sequence, whose cells may be wrong."""
+        self._tree.stop(sequence)
+        self._drop(sequence)
+
+    def adopt(self, slot: int, tokens: Tokens, salt: str) -> None:
+        """Keep a sequence that was read into a free slot from elsewhere."""
+        self._free_slots.remove(slot)
+        sequence = self._tree.open(slot, tokens, salt)
+        self._tree.append(sequence, len(tokens))
+        self._tree.stop(sequence)
+        self._kept[sequence] = None
+
+    def make_room(self, n_tokens: int) -> None:
+        """Give up kept cells until `n_tokens` more fit, or no more are kept."""
+        while (n_missing := self._tree.n_cells + n_tokens - self._n_cells) > 0:
+            victims = (kept for kept in self._kept if self._tree.n_freeable(kept))
+            victim = next(victims, None)
+            if victim is None:
+                return
+            self._shrink(victim, max(n_missing, self._n_cells // _EVICTED_SHARE))
+
+    def evict_oldest(self) -> bool:
+        """Give the least recently used kept sequence up; False where none is kept."""
+        for oldest in self._kept:
+            self._evict(oldest)
+            return True
+        return False
+
+    def _judge(self, match: Match) -> Reuse | None:
+        held = sorted(match.branch.sequences, key=lambda sequence: sequence.slot)
+        kept = [sequence for sequence in held if sequence in self._kept]
+        whole = next((one for one in kept if one.n_cells == match.n_tokens), None)
+        source: CachedSequence | None
+        if self.rules.cuts_anywhere:
+            may_move = bool(self._free_slots or self.rules.n_spare)
+            source = whole or (held if may_move else [*kept, *held])[0]
+            takes = whole is not None or (not may_move and bool(kept))
+        elif self.rules.recurrent:
+            source = whole
+            takes = not (self.rules.shares and self._free_slots)
+        else:
+            source = next((one for one in kept if self._may_cut(one, match.n_tokens)), None)
+            takes = True
+        if source is None:
+            return None
+        return Reuse(match, source, self._tree.n_pinned_in(match), takes)
+
+    def _may_cut(self, sequence: CachedSequence, n_tokens: int) -> bool:
+        """Whether all cells that the token after the first `n_tokens` looks back to are there
+        (is_masked_swa in llama.cpp's src/llama-hparams.h; a chunked window is never longer), and
+        no more is given up than is won."""
+        assert self.rules.n_window is not None
+        if 2 * n_tokens < sequence.n_cells:
+            return False
+        first = self._first_position(sequence.slot)
+        return 0 <= first <= max(0, n_tokens - self.rules.n_window + 1)
+
+    def _take_over(self, reuse: Reuse, tokens: Tokens) -> CachedSequence:
+        sequence = reuse.source
+        del self._kept[sequence]
+        if reuse.n_tokens < sequence.n_cells:
+            self._operations.append(Cut(sequence.slot, reuse.n_tokens))
+            self._tree.cut(sequence, reuse.n_tokens)
+        self._tree.resume(sequence, tokens)
+        if sequence.slot >= self._n_slots:
+            self._move(sequence, self._take_slot())
+        return sequence
+
+    def _take_slot(self) -> int:
+        """A free id that batches may use; the kept sequence that has it moves away or goes."""
+        if not self._free_slots and self.rules.n_spare and not self._free_spares:
+            self.evict_oldest()
+        if not self._free_slots:
+            oldest = next(kept for kept in self._kept if kept.slot < self._n_slots)
+            if self._free_spares:
+                self._move(oldest, self._free_spares.pop())
+            else:
+                self._evict(oldest)
+        return self._free_slots.pop()
+
+    def _move(self, sequence: CachedSequence, slot: int) -> None:
+        self._operations.append(Copy(sequence.slot, slot, sequence.n_cells))
+        self._operations.append(Clear(sequence.slot))
+        self._release_slot(sequence.slot)
+        sequence.slot = slot
+
+    def _known(self, sequence: CachedSequence) -> CachedSequence | None:
+        """A kept sequence that makes this one superfluous."""
+        tokens = sequence.tokens[: sequence.n_cells]
+        for match in self._tree.match(tokens, sequence.salt):
+            if match.n_tokens < len(tokens):
+                break
+            for kept in match.branch.sequences & self._kept.keys():
+                if self.rules.cuts_anywhere or kept.n_cells == len(tokens):
+                    return kept
+        return None
+
+    def _shrink(self, victim: CachedSequence, n_cells: int) -> None:
+        """Take some of a kept sequence's own cells away, from its end, or all of it."""
+        n_left = victim.n_cells - n_cells
+        own = victim.tail if len(victim.tail.sequences) == 1 else None
+        if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
+            self._evict(victim)
+            return
+        self._operations.append(Cut(victim.slot, n_left))
+        self._tree.cut(victim, n_left)
+
+    def _evict(self, sequence: CachedSequence) -> None:
+        del self._kept[sequence]
+        self._drop(sequence)
+
+    def _drop(self, sequence: CachedSequence) -> None:
+        self._operations.append(Clear(sequence.slot))
+        self._release_slot(sequence.slot)
+        self._tree.remove(sequence)
+
+    def _release_slot(self, slot: int) -> None:
+        (self._free_slots if slot < self._n_slots else self._free_spares).append(slot)
+
+    def _touch(self, sequence: CachedSequence) -> None:
+        del self._kept[sequence]
+        self._kept[sequence] = None
