@@ -62,6 +62,8 @@ def _ask(argv: Sequence[str]) -> dict[str, object]:
         words = done.stderr.decode(errors="replace").strip()
         end = Exit(done.returncode, words)
         reason = words.splitlines()[-1] if words else end.cause
+        if "kvserve" in reason:
+            raise WorkerFailed(f"kvserve is not installed whole ({reason}): install it again")
         raise WorkerFailed(
             f"llama-cpp-python cannot be loaded ({reason}): install it with "
             "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --no-binary llama-cpp-python "

@@ -173,7 +173,7 @@ class Supervisor:
             n_answered=self._requests.n_answered,
             n_failed=self._requests.n_failed,
             n_worker_deaths=self._history.n_worker_deaths,
-            n_cells_used=self._requests.n_cells_used if loaded else 0,
+            n_cells_used=self._requests.n_cells_used if self._requests.running else 0,
             error=failing.error.message if failing else None,
             retry_at=self._wall_clock() + failing.retry_at - self._clock() if failing else None,
             reloads=self._history.reloads,

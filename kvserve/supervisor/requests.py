@@ -12,7 +12,7 @@ from kvserve.errors import (
     WorkerFailed,
     revive,
 )
-from kvserve.ipc.messages import Cancel, End, Failed, NeedsContext, Started, Step
+from kvserve.ipc.messages import Cancel, ChatPrompt, End, Failed, NeedsContext, Started, Step
 from kvserve.supervisor.admission import Done, Job, Served, Text, WaitingLine
 from kvserve.supervisor.states import Worker
 
@@ -139,7 +139,7 @@ class Requests:
             ContextLengthExceeded(
                 f"This model's maximum context length is {n_ctx} tokens, and the request needs "
                 f"{job.needs_ctx}: {remedy}",
-                param="messages",
+                param="messages" if isinstance(job.spec.prompt, ChatPrompt) else "prompt",
             ),
         )
 
