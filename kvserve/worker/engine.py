@@ -24,12 +24,13 @@ from kvserve.ipc.messages import (
     TokenLogprobs,
     ToWorker,
 )
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.pace import Pace
-from kvserve.worker.prefix_cache import Clear, Copy, Cut, Operation, PrefixCache
+from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
 from kvserve.worker.sampling import Row, Sampler
 from kvserve.worker.scheduler import Batch as Plan

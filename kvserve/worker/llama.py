@@ -21,8 +21,8 @@ from kvserve.core.dtypes import KvType
 from kvserve.ipc.messages import Load
 from kvserve.worker.carry.cache_log import CacheLog
 from kvserve.worker.carry.layout import CELL_EXT_BYTES, StateLayout
+from kvserve.worker.cell_rules import Rules
 from kvserve.worker.load_log import LoadLog
-from kvserve.worker.prefix_cache import Rules
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

@@ -44,14 +44,17 @@ def largest(row: Row, n: int) -> list[int]:
         return []
     n_blocks = len(row) // _BLOCK
     if n_blocks <= n:
-        return _sorted(row, np.arange(len(row)))[:n]
+        return _largest_of(row, np.arange(len(row)), n)
     maxima = row[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
     blocks = np.argsort(-maxima, kind="stable")[:n]
     inside = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
     candidates = np.concatenate([inside, np.arange(n_blocks * _BLOCK, len(row))])
-    return _sorted(row, np.sort(candidates))[:n]
+    return _largest_of(row, np.sort(candidates), n)
 
 
-def _sorted(row: Row, indices: NDArray[np.intp]) -> list[int]:
-    order: list[int] = indices[np.argsort(-row[indices], kind="stable")].tolist()
-    return order
+def _largest_of(row: Row, indices: NDArray[np.intp], n: int) -> list[int]:
+    values = row[indices]
+    least = np.partition(values, len(values) - n)[len(values) - n]
+    chosen = indices[values >= least]
+    order: list[int] = chosen[np.argsort(-row[chosen], kind="stable")].tolist()
+    return order[:n]

@@ -9,63 +9,14 @@ decode.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules
 from kvserve.worker.cell_tree import CachedSequence, CellTree, Match, Tokens
+from kvserve.worker.worth import Worth
 
 _SHORTEST = 16
 """Fewer tokens are not worth the walk over all cells that sharing takes."""
 _EVICTED_SHARE = 64
 """At least a 64th of all cells is given up at a time, lest a running request ask at every step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Sequence `target`, which is empty, shares the first `n_tokens` cells of `source`."""
-
-    source: int
-    target: int
-    n_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Sequence `slot` keeps its first `n_tokens` tokens."""
-
-    slot: int
-    n_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """Sequence `slot` gives up all it holds."""
-
-    slot: int
-
-
-Operation = Copy | Cut | Clear
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a model's memory allows.
-
-    `n_window` is the sliding window of some of its layers: their older cells are overwritten, so a
-    sequence can be cut only where the window before the cut is still there, and its cells are not
-    shared, since llama.cpp overwrites none that two sequences hold (find_slot in
-    src/llama-kv-cache.cpp). `recurrent` memory holds one state for all tokens and cannot be cut at
-    all (src/llama-memory-recurrent.cpp). `shares` says whether two sequences may hold the same
-    cells. `n_spare` are sequence ids beside those that a batch may use: only plain attention has
-    any, and there they cost nothing.
-    """
-
-    n_window: int | None = None
-    recurrent: bool = False
-    shares: bool = True
-    n_spare: int = 0
-
-    @property
-    def cuts_anywhere(self) -> bool:
-        """Whether any beginning of a sequence is as good as the whole."""
-        return self.n_window is None and not self.recurrent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +58,7 @@ class PrefixCache:
         self._n_slots = n_slots
         self._first_position = first_position
         self._tree = CellTree()
+        self._worth = Worth(n_cells)
         self._kept: dict[CachedSequence, None] = {}
         self._free_slots = list(range(n_slots - 1, -1, -1))
         self._free_spares = list(range(n_slots + rules.n_spare - 1, n_slots - 1, -1))
@@ -147,6 +99,11 @@ class PrefixCache:
                 return reuse
         return None
 
+    def observe(self, tokens: Tokens, salt: str, n_reused: int) -> None:
+        """Tell of a new request, and how many of its tokens were in the cache: how much is kept
+        follows from that."""
+        self._worth.observe(tokens, salt, n_reused)
+
     def open(self, tokens: Tokens, salt: str, reuse: Reuse | None) -> CachedSequence:
         """Begin a running sequence, on top of what is reused. The caller has at most `n_slots`
         running."""
@@ -175,6 +132,7 @@ class PrefixCache:
                 self._touch(known)
             return
         self._kept[sequence] = None
+        self._trim()
 
     def drop(self, sequence: CachedSequence) -> None:
         """Forget a running sequence, whose cells may be wrong."""
@@ -273,6 +231,13 @@ class PrefixCache:
                 if self.rules.cuts_anywhere or kept.n_cells == len(tokens):
                     return kept
         return None
+
+    def _trim(self) -> None:
+        """Keep no more than is worth it, but always the sequence used last."""
+        while len(self._kept) > 1 and (n_over := self.n_kept - self._worth.n_cells) > 0:
+            oldest = next(iter(self._kept))
+            self._worth.remember(oldest.tokens[: oldest.n_cells], oldest.salt)
+            self._shrink(oldest, n_over)
 
     def _shrink(self, victim: CachedSequence, n_cells: int) -> None:
         """Take some of a kept sequence's own cells away, from its end, or all of it."""

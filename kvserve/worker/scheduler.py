@@ -11,8 +11,9 @@ oldest alone always fits, so it always makes progress. Cells that are only kept 
 from collections import deque
 from dataclasses import dataclass, field
 
+from kvserve.worker.cell_rules import Operation
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
-from kvserve.worker.prefix_cache import Operation, PrefixCache, Reuse
+from kvserve.worker.prefix_cache import PrefixCache, Reuse
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
@@ -232,6 +233,7 @@ class Scheduler:
         entry.sequence = self.cache.open(entry.tokens, entry.salt, reuse)
         if entry.n_cached is None:
             entry.n_cached = entry.sequence.n_cells
+            self.cache.observe(entry.known, entry.salt, entry.n_cached)
 
     def _follow(self, entry: _Entry, others: list[_Entry], reuse: Reuse | None) -> None:
         """Let a request wait for an older one that is decoding the same tokens just now, and share

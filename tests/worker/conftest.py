@@ -224,8 +224,9 @@ def load_message(model_path: str) -> Callable[..., Load]:
             "n_gpu_layers": 99,
             "n_cpu_moe": 0,
             "flash_attn": True,
-            "n_threads": 2,
-            "n_threads_batch": 2,
+            # Two would wait for each other, spinning, wherever other tests have the second core.
+            "n_threads": 1,
+            "n_threads_batch": 1,
         }
         return Load(**(usual | fields))
 

@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass, field
 
-from kvserve.worker.prefix_cache import Clear, Copy, Cut, Operation, PrefixCache, Rules
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules
+from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.scheduler import Batch, Scheduler
 
 PLAIN = Rules(n_spare=3)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kvserve.worker.prefix_cache import Clear, Copy, Cut, PrefixCache, Rules
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Rules
+from kvserve.worker.prefix_cache import PrefixCache
 from tests.worker.fake_memory import PLAIN, RECURRENT, RECURRENT_ALONE, WINDOW
 
 
@@ -193,3 +194,38 @@ def test_an_imported_sequence_is_reused_like_any_other() -> None:
     reuse = cache.find(tokens(60), "")
     assert (reuse.source.slot, reuse.n_tokens) == (1, 50)
     assert cache.open(tokens(60, 500), "", None).slot == 0
+
+
+def serve(cache: PrefixCache, text: np.ndarray) -> int:
+    """A request for `text` comes and goes; returns how much of it was in the cache."""
+    reuse = cache.find(text, "")
+    sequence = cache.open(text, "", reuse)
+    n_reused = sequence.n_cells
+    cache.observe(text, "", n_reused)
+    cache.append(sequence, len(text) - n_reused)
+    cache.keep(sequence)
+    return n_reused
+
+
+def test_a_load_that_reuses_nothing_fills_no_cache() -> None:
+    cache = cache_of(n_cells=100_000)
+    for n in range(40):
+        serve(cache, tokens(200, 1000 * n))
+    assert cache.n_kept < 1000
+    assert kept(cache)[0] == 39_000
+
+
+def test_a_load_that_reuses_is_given_the_whole_cache() -> None:
+    cache = cache_of(Rules(n_spare=50), n_cells=100_000)
+    for n in range(400):
+        serve(cache, tokens(100 + n, 1000 * (n % 40)))
+    assert len(cache.kept) == 40
+
+
+def test_what_was_given_up_for_lack_of_worth_is_kept_once_it_is_asked_for_again() -> None:
+    cache = cache_of(Rules(n_spare=50), n_cells=100_000)
+    for n in range(60):
+        serve(cache, tokens(200, 1000 * n))
+    reused = [serve(cache, tokens(200, 1000 * (n % 20))) for n in range(60)]
+    assert reused[:5] == [0] * 5
+    assert min(reused[20:]) > 0

@@ -19,6 +19,9 @@ pytest.importorskip("gguf")
 WINDOW = 64
 KINDS = ("llama", "gemma3", "qwen35", "mamba2")
 TOLERANCE = 0.02
+REAL_TOLERANCE = 0.2
+"""Quantized weights round the activations: the place of a cell alone, without any reuse, moves a
+logarithm by up to 0.03 at some tokens (llama.cpp on the CPU, this model)."""
 _salts = map(str, itertools.count())
 
 
@@ -54,7 +57,7 @@ def model(
     path = tmp_path_factory.mktemp("models") / "model.gguf"
     write_model(path, request.param, n_layer=4, window=WINDOW, seed=3)
     peer = worker_factory.start()
-    load = load_message(model_path=str(path), n_threads=1, n_threads_batch=1)
+    load = load_message(model_path=str(path))
     assert isinstance(peer.load(load), Loaded)
     yield Model(request.param, peer)
     peer.process.kill()
@@ -64,13 +67,13 @@ def some_tokens(n: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(5, 280), k=n)
 
 
-def assert_same(answer: Answer, cold: Answer) -> None:
+def assert_same(answer: Answer, cold: Answer, tolerance: float = TOLERANCE) -> None:
     assert answer.end.n_generated_tokens == cold.end.n_generated_tokens
     for mine, theirs in zip(answer.logprobs, cold.logprobs, strict=True):
         if mine.drawn.token != theirs.drawn.token:
-            assert abs(theirs.top[0].logprob - theirs.top[1].logprob) < TOLERANCE
+            assert abs(theirs.top[0].logprob - theirs.top[1].logprob) < tolerance
             return
-        assert mine.drawn.logprob == pytest.approx(theirs.drawn.logprob, abs=TOLERANCE)
+        assert mine.drawn.logprob == pytest.approx(theirs.drawn.logprob, abs=tolerance)
     assert answer.tokens == cold.tokens
 
 
@@ -145,10 +148,11 @@ def test_answers_under_pressure_are_those_of_cold_runs(model: Model) -> None:
 
 def test_a_salt_shares_with_its_own_alone(model: Model) -> None:
     prompt = some_tokens(80, seed=6)
-    longer = [*prompt, *model.warm(prompt, cache_salt="mine").tokens, 7]
-    assert model.warm(longer, cache_salt="yours").end.n_cached_tokens == 0
-    assert model.warm(longer).end.n_cached_tokens == 0
-    assert model.warm([*longer, 8], cache_salt="mine").end.n_cached_tokens == 91
+    answer = model.warm(prompt, cache_salt="mine")
+    longer = [*prompt, *answer.tokens, 7]
+    assert model.warm(longer, cache_salt="mine").end.n_cached_tokens == 91
+    assert model.warm([*longer, 8], cache_salt="yours").end.n_cached_tokens == 0
+    assert model.warm([*longer, 8]).end.n_cached_tokens == 0
 
 
 def test_broken_and_cancelled_requests_leave_nothing_wrong_behind(model: Model) -> None:
@@ -159,3 +163,22 @@ def test_broken_and_cancelled_requests_leave_nothing_wrong_behind(model: Model) 
             model.peer.receive()
         model.peer.cancel(request)
     assert_same(model.warm(prompt), model.cold(prompt))
+
+
+def test_turns_longer_than_the_window_of_a_real_model(
+    workers: Workers, load_message: Callable[..., Load]
+) -> None:
+    """Gemma looks back 512 tokens in most of its layers."""
+    peer = workers.start()
+    assert isinstance(peer.load(load_message(n_ctx=2048, n_seq_max=2)), Loaded)
+    gemma = Model("gemma3", peer)
+    tokens = [2, *(236770, 236744, 236743) * 230]
+    n_known = 0
+    for _ in range(2):
+        answer = gemma.warm(tokens)
+        assert answer.end.n_cached_tokens == n_known
+        assert_same(answer, gemma.cold(tokens), REAL_TOLERANCE)
+        n_known = len(tokens) + len(answer.tokens) - 1
+        tokens += [*answer.tokens, *(236770, 236744, 236743) * 20]
+    # The window before token 400 is gone: its beginning is of no use.
+    assert gemma.warm([*tokens[:400], 9]).end.n_cached_tokens == 0

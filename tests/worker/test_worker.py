@@ -206,27 +206,6 @@ def test_preemption_changes_no_answer(workers, load_message) -> None:
         assert peer.complete(prompt, **usual).text == answer.text
 
 
-def test_turns_longer_than_the_sliding_window_answer_as_a_cold_run(workers, load_message) -> None:
-    """Gemma looks back 512 tokens in most of its layers."""
-    peer = workers.start()
-    assert isinstance(peer.load(load_message(n_ctx=2048, n_seq_max=2)), Loaded)
-    tokens = [2, *(236743, 236770, 236744) * 230]
-    for turn in range(3):
-        answer = peer.complete(TokenPrompt(tuple(tokens)), max_tokens=40, ignore_eos=True)
-        n_known = len(tokens) - 1 - 91 if turn else 0
-        assert answer.end.n_cached_tokens == n_known
-        cold = peer.complete(
-            TokenPrompt(tuple(tokens)), max_tokens=40, ignore_eos=True, cache_salt=f"turn {turn}"
-        )
-        assert cold.end.n_cached_tokens == 0
-        assert answer.tokens == cold.tokens
-        tokens += [*answer.tokens, *(236743, 236770, 236744) * 30, 107]
-    # The end of the first turn is out of the window by now, and in the way: nothing is reused.
-    early = [*tokens[:400], 107, 236743]
-    again = peer.complete(TokenPrompt(tuple(early)), max_tokens=10, ignore_eos=True)
-    assert again.end.n_cached_tokens == 0
-
-
 def test_pause_kill_and_resume_in_a_new_worker(workers, load_message, worker) -> None:
     first = workers.start()
     first.load(load_message())

@@ -13,7 +13,8 @@ llama-memory-recurrent.cpp):
                | u32 s_trans = 0 | u32 n_layer | R, then S of each layer that has one, like K
 
 llama.cpp itself neither checks what the rows mean nor what follows the end, so reading is strict
-here: whatever is not exactly this raises CannotCarry.
+here: whatever is not exactly this raises CannotCarry. One thing only the model knows: how many
+layers have a recurrent state. A state that lacks whole rows of R and S is refused by llama.cpp.
 """
 
 import struct
@@ -282,13 +283,15 @@ def _parse_recurrent(reader: _Reader) -> RecurrentPart:
         raise _malformed("a transposed recurrent state")
     if n_layer > LARGEST_LAYER_COUNT:
         raise _malformed(f"a recurrent state of {n_layer} layers")
-    for _ in range(2 * n_layer):
-        if not reader.left:
-            break
+    n_rows = 0
+    while reader.left and n_rows < 2 * n_layer:
         ggml_type, row_size = reader.take(_ROWS)
         if ggml_type != GGML_TYPES[KvType.F32] or row_size % 4:
             raise _malformed("a recurrent state that is not f32")
         reader.skip(n_cells * row_size)
+        n_rows += 1
+    if n_rows % 2 or (n_cells and not n_rows):
+        raise _malformed(f"a recurrent state of {n_rows} rows")
     return RecurrentPart(begin, reader.offset - begin, last_position)
 
 
