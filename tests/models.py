@@ -168,9 +168,14 @@ PRESETS: dict[str, tuple[Spec, int]] = {
 def write_sparse(path: Path, preset: str) -> Path:
     """Write the header of a full-size Q4_K_M model in front of a hole of the data's size."""
     spec, n_merges = PRESETS[preset]
+    return write_sparse_spec(path, preset, spec, n_merges)
+
+
+def write_sparse_spec(path: Path, name: str, spec: Spec, n_merges: int = 1000) -> Path:
+    """The same for any dimensions."""
     metadata, tensors = describe(spec)
     metadata |= {
-        "general.name": preset,
+        "general.name": name,
         "general.file_type": 15,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
@@ -195,7 +200,9 @@ def write_sparse(path: Path, preset: str) -> Path:
 def _q4_k_m(name: str, shape: tuple[int, ...], n_layer: int) -> gguf.GGMLQuantizationType:
     """The type that llama-quantize gives a tensor for Q4_K_M (src/llama-quant.cpp)."""
     kinds = gguf.GGMLQuantizationType
-    if len(shape) < 2 or "conv1d" in name or name.endswith("ffn_gate_inp.weight"):
+    if len(shape) < 2 or 1 in shape or "conv1d" in name or "ssm_norm" in name:
+        return kinds.F32
+    if name.endswith("ffn_gate_inp.weight"):
         return kinds.F32
     if shape[0] % 256:
         return kinds.Q8_0 if name == "output.weight" else kinds.Q5_0

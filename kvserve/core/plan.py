@@ -8,6 +8,8 @@ from kvserve.core.machine import Backend, Machine
 from kvserve.core.shape import ModelShape
 
 N_CTX_PADDING = 256
+NOTABLE_ERROR = 0.01
+"""A difference between formula and llama.cpp that is worth a line in the log."""
 
 
 class Task(StrEnum):
@@ -88,6 +90,11 @@ class Memory:
             + self.runtime_bytes
         )
 
+    @property
+    def own_bytes(self) -> int:
+        """What llama.cpp itself tells of a context: cache, state, compute and output."""
+        return self.kv_bytes + self.recurrent_bytes + self.compute_bytes + self.output_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -104,7 +111,9 @@ class Candidate:
     `memory` and `free_bytes` are those of the device that decides: all GPUs, or the host without
     one; `free_bytes` has the reserve taken off, `headroom_bytes` is negative where it does not
     fit. `max_ctx` is the longest context of this pair with these layers, 0 where even 256 tokens
-    do not fit. `reason` says why it was chosen or why it lost.
+    do not fit. `reason` says why it was chosen or why it lost. `exact` means that llama.cpp laid
+    the launch out and `memory` has its figures; `formula_bytes` is then what was computed for the
+    same items. `may_be_chosen` is False for a pair that the request or the build rules out.
     """
 
     launch: Launch
@@ -116,6 +125,17 @@ class Candidate:
     reason: str
     max_ctx: int
     predicted_tps: float | None
+    exact: bool = False
+    formula_bytes: int | None = None
+    may_be_chosen: bool = True
+
+    @property
+    def formula_error(self) -> float | None:
+        """The formulas' error against llama.cpp's own figures, as a share of these; None where
+        they are not known."""
+        if self.formula_bytes is None or not self.memory.own_bytes:
+            return None
+        return self.formula_bytes / self.memory.own_bytes - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +147,17 @@ class Plan:
     request: Request
     chosen: Candidate
     candidates: tuple[Candidate, ...]
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether llama.cpp laid the chosen launch out and its figures fit."""
+        return self.chosen.exact
+
+    @property
+    def differences(self) -> tuple[Candidate, ...]:
+        """The candidates whose formulas were off by more than `NOTABLE_ERROR`."""
+        return tuple(
+            candidate
+            for candidate in self.candidates
+            if candidate.formula_error is not None and abs(candidate.formula_error) > NOTABLE_ERROR
+        )

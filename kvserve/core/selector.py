@@ -5,22 +5,19 @@ layers (or fewer MoE experts) on the GPU at a pair that the floor allows; then r
 numbers. Values in, values out.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from kvserve.core.candidates import Device, best_split, launch_on, price, splits
 from kvserve.core.dtypes import LADDER, CachePair, KvType
+from kvserve.core.findings import NOTHING_FOUND, Findings
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
     Overheads,
-    deciding,
-    estimate,
     max_context,
-    pad_context,
     prior_overheads,
 )
-from kvserve.core.plan import Candidate, Launch, Plan, Request, Task
+from kvserve.core.plan import Candidate, Plan, Request, Task
 from kvserve.core.shape import ModelShape
-from kvserve.core.speed import predict_tps
 from kvserve.core.support import why_impossible, why_slow
 from kvserve.errors import DoesNotFit, UsageError
 from kvserve.units import MIB, format_bytes
@@ -42,31 +39,21 @@ RESERVE_SHARE = 0.03
 FALLBACK_CTX = 4096
 """Context for `--ctx max` where not even 256 tokens fit beside all the weights."""
 
-SPEED_TOLERANCE = 0.9
-"""Of split plans within 10 % of the fastest, the best quality is taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    """The memory that decides, reserve taken off, and what a process costs there."""
-
-    backend: Backend
-    free_bytes: int
-    host_free_bytes: int
-    overheads: Overheads
-    n_gpus: int
-    tensor_split: tuple[float, ...]
-
 
 def select(
-    shape: ModelShape, machine: Machine, request: Request, overheads: Overheads | None = None
+    shape: ModelShape,
+    machine: Machine,
+    request: Request,
+    overheads: Overheads | None = None,
+    findings: Findings = NOTHING_FOUND,
 ) -> Plan:
     """Decide how to launch `shape` on `machine` for `request`.
 
-    `overheads` are measured ones, None for the prior of the machine's GPU. Raises UsageError for a
+    `overheads` are measured ones, None for the prior of the machine's GPU; `findings` are what
+    llama.cpp said of some launches, and go before the formulas. Raises UsageError for a
     request that contradicts the model or the machine, DoesNotFit where nothing allowed fits.
     """
-    device = _device(shape, machine, request, overheads)
+    device = _device(shape, machine, request, overheads, findings)
     if request.n_ctx is not None and request.n_ctx > shape.n_ctx_train:
         raise UsageError(
             f"the model was trained for {shape.n_ctx_train} tokens and cannot take a context of "
@@ -82,7 +69,7 @@ def select(
     n_ctx = request.n_ctx or _longest(shape, request, device, allowed)
 
     whole = [
-        _candidate(shape, machine, device, _launch(shape, request, device, pair, n_ctx))
+        price(shape, machine, device, launch_on(shape, request, device, pair, n_ctx))
         for pair in pairs
     ]
     fitting = [c for c in whole if c.fits and c.launch.pair in allowed]
@@ -92,10 +79,10 @@ def select(
     else:
         may_split = device.backend is Backend.CUDA and request.n_gpu_layers is None
         if may_split:
-            split = list(_splits(shape, machine, device, request, allowed, n_ctx))
+            split = list(splits(shape, machine, device, request, allowed, n_ctx))
         if not any(c.fits for c in split):
             raise _does_not_fit(shape, whole, split, allowed, n_ctx, device)
-        chosen = _best_split([c for c in split if c.fits])
+        chosen = best_split([c for c in split if c.fits])
     judged = [_judge(c, chosen, refused, split=False) for c in whole]
     judged += [_judge(c, chosen, refused, split=True) for c in split]
     winner = next(c for c in judged if c.launch == chosen.launch)
@@ -123,8 +110,12 @@ def floor_of(request: Request) -> tuple[CachePair, str] | None:
 
 
 def _device(
-    shape: ModelShape, machine: Machine, request: Request, overheads: Overheads | None
-) -> _Device:
+    shape: ModelShape,
+    machine: Machine,
+    request: Request,
+    overheads: Overheads | None,
+    findings: Findings,
+) -> Device:
     def reserved(free_bytes: int) -> int:
         reserve = request.reserve_bytes
         return free_bytes - (default_reserve(free_bytes) if reserve is None else reserve)
@@ -136,19 +127,21 @@ def _device(
     host_free = reserved(machine.host.free_bytes)
     on_gpu = can_gpu and request.backend is not Backend.CPU and request.n_gpu_layers != 0
     if not on_gpu:
-        return _Device(Backend.CPU, host_free, host_free, overheads or prior_overheads(None), 1, ())
+        prior = overheads or prior_overheads(None)
+        return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
     free = [reserved(gpu.free_bytes) for gpu in machine.gpus]
     # A split by layers leaves up to one layer's worth unused on each further GPU.
     grain = max((layer.weights_bytes for layer in shape.layers), default=0) * (len(free) - 1)
     capability = machine.gpus[0].compute_capability
     total = sum(free)
-    return _Device(
+    return Device(
         backend=Backend.CUDA,
         free_bytes=total - grain,
         host_free_bytes=host_free,
         overheads=overheads or prior_overheads(capability, shape),
         n_gpus=len(free),
         tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
+        findings=findings,
     )
 
 
@@ -165,7 +158,7 @@ def _refusals(
     shape: ModelShape,
     machine: Machine,
     request: Request,
-    device: _Device,
+    device: Device,
 ) -> dict[CachePair, str]:
     """Why each pair that may not be chosen is out; what the user fixed is only held against
     what llama.cpp refuses."""
@@ -186,28 +179,11 @@ def _below(pair: CachePair, floor: CachePair) -> bool:
     return pair.k.precision < floor.k.precision or pair.v.precision < floor.v.precision
 
 
-def _launch(
-    shape: ModelShape, request: Request, device: _Device, pair: CachePair, n_ctx: int
-) -> Launch:
-    everything = shape.n_layer + 1
-    asked = everything if request.n_gpu_layers is None else min(request.n_gpu_layers, everything)
-    return Launch(
-        backend=device.backend,
-        pair=pair,
-        n_ctx=pad_context(n_ctx),
-        n_parallel=request.n_parallel,
-        n_batch=request.n_batch,
-        n_ubatch=min(request.n_ubatch, request.n_batch),
-        n_gpu_layers=asked if device.backend is Backend.CUDA else 0,
-        tensor_split=device.tensor_split,
-    )
-
-
-def _longest(shape: ModelShape, request: Request, device: _Device, allowed: list[CachePair]) -> int:
+def _longest(shape: ModelShape, request: Request, device: Device, allowed: list[CachePair]) -> int:
     lengths = [
         max_context(
             shape,
-            _launch(shape, request, device, pair, shape.n_ctx_train),
+            launch_on(shape, request, device, pair, shape.n_ctx_train),
             device.overheads,
             device.n_gpus,
             device.free_bytes,
@@ -215,91 +191,6 @@ def _longest(shape: ModelShape, request: Request, device: _Device, allowed: list
         for pair in allowed
     ]
     return max(lengths) or min(shape.n_ctx_train, FALLBACK_CTX)
-
-
-def _candidate(shape: ModelShape, machine: Machine, device: _Device, launch: Launch) -> Candidate:
-    """Price one launch; the reason is filled in by `_judge`."""
-    try:
-        bill = estimate(shape, launch, device.overheads, device.n_gpus)
-    except ValueError:  # rows that do not divide into blocks; `why_impossible` tells it better
-        f16 = replace(launch, pair=LADDER[0])
-        bill = estimate(shape, f16, device.overheads, device.n_gpus)
-        launch_priced = f16
-    else:
-        launch_priced = launch
-    memory = deciding(bill, launch)
-    headroom = device.free_bytes - memory.total_bytes
-    host_short = bill.host.total_bytes > device.host_free_bytes
-    return Candidate(
-        launch=launch,
-        memory=memory,
-        host_memory=bill.host,
-        free_bytes=device.free_bytes,
-        headroom_bytes=headroom,
-        fits=headroom >= 0 and not host_short,
-        reason=_shortage(headroom, bill.host.total_bytes - device.host_free_bytes),
-        max_ctx=max_context(
-            shape, launch_priced, device.overheads, device.n_gpus, device.free_bytes
-        ),
-        predicted_tps=predict_tps(shape, launch_priced, machine),
-    )
-
-
-def _shortage(headroom: int, host_shortage: int) -> str:
-    if headroom < 0:
-        return f"{format_bytes(-headroom)} too big"
-    if host_shortage > 0:
-        return f"{format_bytes(host_shortage)} short of host memory"
-    return ""
-
-
-def _splits(
-    shape: ModelShape,
-    machine: Machine,
-    device: _Device,
-    request: Request,
-    allowed: list[CachePair],
-    n_ctx: int,
-) -> Iterator[Candidate]:
-    """For each pair, the most layers on the GPU that fit, and for MoE models the fewest layers
-    whose experts must leave it."""
-    for pair in allowed:
-        whole = _launch(shape, request, device, pair, n_ctx)
-        launches = (replace(whole, n_gpu_layers=n) for n in range(shape.n_layer, 0, -1))
-        most = _first_fitting(shape, device, launches)
-        if most is not None:
-            yield _candidate(shape, machine, device, most)
-        else:
-            on_host = replace(whole, backend=Backend.CPU, n_gpu_layers=0, tensor_split=())
-            host = replace(device, backend=Backend.CPU, free_bytes=device.host_free_bytes, n_gpus=1)
-            yield _candidate(shape, machine, host, on_host)
-        if shape.expert_bytes:
-            launches = (replace(whole, n_cpu_moe=n) for n in range(1, shape.n_layer + 1))
-            fewest = _first_fitting(shape, device, launches)
-            if fewest is not None:
-                yield _candidate(shape, machine, device, fewest)
-
-
-def _first_fitting(shape: ModelShape, device: _Device, launches: Iterator[Launch]) -> Launch | None:
-    for launch in launches:
-        bill = estimate(shape, launch, device.overheads, device.n_gpus)
-        if bill.gpu.total_bytes <= device.free_bytes:
-            return launch
-    return None
-
-
-def _best_split(fitting: list[Candidate]) -> Candidate:
-    """The best quality among the split plans that are about as fast as the fastest."""
-
-    def speed(candidate: Candidate) -> float:
-        # Without a known bandwidth, more of the model on the GPU stands for faster.
-        return candidate.predicted_tps or float(candidate.memory.weights_bytes)
-
-    fastest = max(speed(c) for c in fitting)
-    near = [c for c in fitting if speed(c) >= SPEED_TOLERANCE * fastest]
-    best = max((c.launch.pair.k.precision, c.launch.pair.v.precision) for c in near)
-    equals = [c for c in near if (c.launch.pair.k.precision, c.launch.pair.v.precision) == best]
-    return max(equals, key=speed)
 
 
 def _judge(
@@ -318,7 +209,7 @@ def _judge(
         reason = "fits, but slower or of lower quality than the chosen split"
     else:
         reason = f"fits, but of lower quality than {chosen.launch.pair}"
-    return replace(candidate, reason=reason)
+    return replace(candidate, reason=reason, may_be_chosen=pair not in refused)
 
 
 def _does_not_fit(
@@ -327,7 +218,7 @@ def _does_not_fit(
     split: list[Candidate],
     allowed: list[CachePair],
     n_ctx: int,
-    device: _Device,
+    device: Device,
 ) -> DoesNotFit:
     tried = [c for c in whole if c.launch.pair in allowed]
     smallest = min(tried, key=lambda c: c.memory.total_bytes)

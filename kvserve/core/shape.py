@@ -33,11 +33,48 @@ class RecurrentState:
 
 
 @dataclass(frozen=True, slots=True)
+class Widths:
+    """Row widths of what one block computes, in elements; 0 for what the block has not.
+
+    `q` is the query projection (a query gate included), `qkv` one for query, key and value,
+    `attention` what the output projection takes. `kv_lora_rope`, `kv_lora`, `mla_v` and `q_lora`
+    belong to MLA. `ff_up`, `ff_gate` and `ff` are the dense feed-forward network's parts before
+    and after its activation, `shared_ff` the shared experts'; `expert_ff` is one routed expert
+    after the activation, `expert_gate_up` its joint projection. The rest belongs to recurrent
+    layers.
+    """
+
+    q: int = 0
+    qkv: int = 0
+    q_lora: int = 0
+    kv_lora_rope: int = 0
+    kv_lora: int = 0
+    mla_v: int = 0
+    attention: int = 0
+    gate: int = 0
+    ff_up: int = 0
+    ff_gate: int = 0
+    ff: int = 0
+    shared_ff: int = 0
+    shared_gate: int = 0
+    expert_ff: int = 0
+    expert_gate: int = 0
+    expert_gate_up: int = 0
+    ssm_in: int = 0
+    ssm_inner: int = 0
+    ssm_norm: int = 0
+    ssm_alpha: int = 0
+    conv: int = 0
+    conv_kernel: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """One transformer block: its weights and what it keeps in memory.
 
     A layer that reuses another layer's cache (Gemma 3n) has neither attention nor recurrent.
-    `expert_bytes` is the part of `weights_bytes` in routed MoE expert tensors.
+    `expert_bytes` is the part of `weights_bytes` in routed MoE expert tensors. `widths` None
+    means that only the model's own figures are known. `matrices` are names and bytes.
     """
 
     index: int
@@ -45,6 +82,12 @@ class LayerShape:
     expert_bytes: int = 0
     attention: AttentionCache | None = None
     recurrent: RecurrentState | None = None
+    widths: Widths | None = None
+    matrices: tuple[tuple[str, int], ...] = ()
+
+    def matrix_bytes(self, name: str) -> int:
+        """Bytes of one matrix by its name in the file (`ffn_up`); 0 where there is none."""
+        return next((n_bytes for other, n_bytes in self.matrices if other == name), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +118,10 @@ class ModelShape:
     tied_bytes: int
     has_chat_template: bool
     has_attention_sinks: bool = False
+
+    def __hash__(self) -> int:
+        # Estimates are remembered by shape; hashing every layer would take longer than they do.
+        return hash((self.architecture, self.file_bytes, self.n_embd, self.n_vocab))
 
     @property
     def n_layer(self) -> int:

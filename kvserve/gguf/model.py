@@ -13,8 +13,10 @@ from kvserve.gguf.header import Header
 from kvserve.gguf.metadata import Metadata
 from kvserve.gguf.refusal import CONVERT_AGAIN, DOWNLOAD_AGAIN, bad_file, shown
 from kvserve.gguf.splits import read_parts
+from kvserve.gguf.tensor_index import TensorInfo
 from kvserve.gguf.tensor_types import FILE_TYPES
 from kvserve.gguf.weights import Weights, divide
+from kvserve.gguf.widths import layer_widths, matrix_bytes
 
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LONGEST_NAME = 128
@@ -106,7 +108,7 @@ def _shape(
         n_head_kv=max(dims.n_head_kv),
         n_expert=metadata.natural(".expert_count") or 0,
         n_expert_used=n_expert_used,
-        layers=_layers(metadata, dims, weights),
+        layers=_layers(metadata, dims, weights, tensors),
         input_bytes=weights.input_bytes,
         output_bytes=weights.output_bytes,
         tied_bytes=weights.tied_bytes,
@@ -126,12 +128,24 @@ def _quantization(metadata: Metadata) -> str | None:
     return None if file_type is None else FILE_TYPES.get(file_type)
 
 
-def _layers(metadata: Metadata, dims: Dimensions, weights: Weights) -> tuple[LayerShape, ...]:
+def _layers(
+    metadata: Metadata, dims: Dimensions, weights: Weights, tensors: list[TensorInfo]
+) -> tuple[LayerShape, ...]:
     caches = layer_caches(metadata, dims)
-    # Loop passes and routers, beyond the file's blocks, have caches and no weights of their own.
+    widths = layer_widths(tensors, dims.n_layer)
+    matrices = matrix_bytes(tensors, dims.n_layer)
+    # Draft layers, loop passes and routers have caches, and no weights of their own in a graph.
     added = (0,) * (len(caches) - dims.n_layer_all)
     return tuple(
-        LayerShape(index, weights_bytes, expert_bytes, cache.attention, cache.recurrent)
+        LayerShape(
+            index,
+            weights_bytes,
+            expert_bytes,
+            cache.attention,
+            cache.recurrent,
+            widths[index] if index < len(widths) else None,
+            matrices[index] if index < len(matrices) else (),
+        )
         for index, (weights_bytes, expert_bytes, cache) in enumerate(
             zip(weights.block_bytes + added, weights.expert_bytes + added, caches, strict=True)
         )

@@ -4,6 +4,7 @@ The daemon must not load the library itself: with CUDA that alone takes GPU memo
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -39,6 +40,11 @@ def read_build(cache: Path, argv: Sequence[str] = PROBE_ARGV) -> Build:
             json.dumps({"libraries": mark, "version": version, "system_info": system_info})
         )
     return _build(version, system_info)
+
+
+def library_mark() -> str:
+    """A short text that changes whenever llama.cpp's libraries do."""
+    return hashlib.sha256(repr(_libraries()).encode()).hexdigest()[:16]
 
 
 def _build(version: str, system_info: str) -> Build:

@@ -3,17 +3,20 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
+from kvserve.core.findings import NOTHING_FOUND, Findings, likely
 from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
-from kvserve.core.plan import Plan, Request
+from kvserve.core.plan import Launch, Plan, Request
 from kvserve.core.selector import default_reserve, select
 from kvserve.core.shape import ModelShape
 from kvserve.device.host import process_rss, read_host
 from kvserve.device.nvml import process_memory, read_gpus
 from kvserve.ipc.messages import Loaded
 from kvserve.supervisor.calibration import Calibration
+from kvserve.supervisor.confirming import Asker, confirm
 from kvserve.supervisor.status import Measured
 from kvserve.units import MIB
 
@@ -22,6 +25,8 @@ log = structlog.get_logger(__name__)
 GPU_SETTLE_SECONDS = 5.0
 """Consumer drivers give a dead process's memory back up to 1.5 s late."""
 HOST_SETTLE_SECONDS = 1.0
+MEASURING_BYTES = 1024 * MIB
+"""Free memory of each GPU beside which a CUDA context of about 500 MiB does no harm."""
 _POLL_SECONDS = 0.05
 _OUT_OF_MEMORY_STEP_BYTES = 256 * MIB
 
@@ -59,12 +64,15 @@ class MachinePlanner:
         machines: Machines,
         calibration: Calibration,
         settle_seconds: float = GPU_SETTLE_SECONDS,
+        oracle: Asker | None = None,
     ) -> None:
         self._shape = shape
         self._request = request
         self._machines = machines
         self._calibration = calibration
+        self._oracle = oracle
         self._settle_seconds = settle_seconds
+        self._told: set[Launch] = set()
         self._free_before: dict[str, int] = {}
 
     async def plan(
@@ -72,12 +80,61 @@ class MachinePlanner:
     ) -> Plan:
         """Decide against fresh free memory. Raises DoesNotFit, UsageError."""
         machine = await asyncio.to_thread(self._machines.read)
-        return self.decide(machine, n_ctx, returning_bytes, n_out_of_memory)
+        n = n_out_of_memory
+        if not _has_room_to_measure(machine):
+            return self.decide(machine, n_ctx, returning_bytes, n)
+        return await asyncio.to_thread(self.decide_confirmed, machine, n_ctx, returning_bytes, n)
 
     def decide(
         self, machine: Machine, n_ctx: int | None, returning_bytes: int, n_out_of_memory: int
     ) -> Plan:
-        """The same for a machine that was read already."""
+        """The same for a machine that was read already, with what is known of llama.cpp's figures
+        and without asking for more."""
+        findings = NOTHING_FOUND if self._oracle is None else self._oracle.findings
+        return self._decide(machine, n_ctx, returning_bytes, n_out_of_memory, findings)
+
+    def decide_confirmed(
+        self,
+        machine: Machine,
+        n_ctx: int | None,
+        returning_bytes: int,
+        n_out_of_memory: int,
+        *,
+        ahead: bool = False,
+    ) -> Plan:
+        """The same, with a chosen launch that llama.cpp laid out, where it can be asked. Takes
+        about a second for what is not known yet, and a CUDA context on the GPU meanwhile. With
+        `ahead` the launches that reloads may need are asked about in the same go."""
+        plan = self.decide(machine, n_ctx, returning_bytes, n_out_of_memory)
+        if self._oracle is None:
+            return plan
+        decide = partial(self._decide, machine, n_ctx, returning_bytes, n_out_of_memory)
+        plan = confirm(plan, self._oracle, decide, likely(plan) if ahead else ())
+        self._tell(plan)
+        return plan
+
+    def _tell(self, plan: Plan) -> None:
+        for candidate in plan.differences:
+            if candidate.launch in self._told:
+                continue
+            self._told.add(candidate.launch)
+            log.warning(
+                "computed sizes differ from llama.cpp's; its own are used",
+                cache_type=str(candidate.launch.pair),
+                n_ctx=candidate.launch.n_ctx,
+                n_gpu_layers=candidate.launch.n_gpu_layers,
+                computed_bytes=candidate.formula_bytes,
+                exact_bytes=candidate.memory.own_bytes,
+            )
+
+    def _decide(
+        self,
+        machine: Machine,
+        n_ctx: int | None,
+        returning_bytes: int,
+        n_out_of_memory: int,
+        findings: Findings,
+    ) -> Plan:
         request = replace(self._request, n_ctx=n_ctx)
         machine = _with_returned(machine, request, returning_bytes)
         if n_out_of_memory:
@@ -87,7 +144,7 @@ class MachinePlanner:
             reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
             request = replace(request, reserve_bytes=reserve)
         overheads = self._calibration.overheads(machine.gpus, machine.build, self._shape)
-        return select(self._shape, machine, request, overheads)
+        return select(self._shape, machine, request, overheads, findings)
 
     async def wait_for_room(self, plan: Plan) -> bool:
         """Poll until the plan's memory is free; False where it stays taken."""
@@ -126,9 +183,9 @@ class MachinePlanner:
             return Measured(loaded.memory, None, returning_bytes=memory.total_bytes)
         buffers = memory.total_bytes - memory.runtime_bytes
         overhead = (taken - buffers) // max(1, len(gpus))
-        # With a split model the estimate of the compute buffer is coarser than the overhead.
-        whole = plan.chosen.launch.n_gpu_layers > plan.shape.n_layer
-        if whole and self._calibration.learn(gpus[0], plan.machine.build, plan.shape, overhead):
+        # The computed buffer of a split model is coarser than the overhead.
+        sure = plan.confirmed or plan.chosen.launch.n_gpu_layers > plan.shape.n_layer
+        if sure and self._calibration.learn(gpus[0], plan.machine.build, plan.shape, overhead):
             log.info("learnt GPU overhead", overhead_bytes=overhead, gpu=gpus[0].name)
         return Measured(loaded.memory, device_bytes=taken, returning_bytes=taken)
 
@@ -140,6 +197,11 @@ class MachinePlanner:
             return sum(known)
         drops = [self._free_before.get(gpu.uuid, 0) - gpu.free_bytes for gpu in gpus]
         return sum(drops) if gpus and all(drop > 0 for drop in drops) else None
+
+
+def _has_room_to_measure(machine: Machine) -> bool:
+    """Whether a measuring process fits beside whatever runs on the GPUs now."""
+    return all(gpu.free_bytes >= MEASURING_BYTES for gpu in machine.gpus)
 
 
 def _with_returned(machine: Machine, request: Request, returning_bytes: int) -> Machine:

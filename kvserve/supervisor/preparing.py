@@ -7,8 +7,10 @@ from kvserve.core.machine import Machine
 from kvserve.core.plan import Plan
 from kvserve.gguf.model import ModelFile
 from kvserve.settings import Settings
-from kvserve.supervisor.building import read_build
+from kvserve.supervisor.building import library_mark, read_build
 from kvserve.supervisor.calibration import Calibration
+from kvserve.supervisor.confirming import Oracle
+from kvserve.supervisor.measurements import Measurements
 from kvserve.supervisor.planning import MachinePlanner, Machines
 
 
@@ -24,16 +26,34 @@ class Prepared:
     plan: Plan
 
 
-def prepare(settings: Settings, model: ModelFile, model_id: str) -> Prepared:
-    """Read the machine and decide. Raises DoesNotFit, UsageError, WorkerFailed."""
+def prepare(
+    settings: Settings, model: ModelFile, model_id: str, *, confirm: bool = False
+) -> Prepared:
+    """Read the machine and decide. Raises DoesNotFit, UsageError, WorkerFailed.
+
+    With `confirm` llama.cpp is asked about the chosen launch and about those that a reload may
+    need, which takes a second or two; without it only what it said earlier counts.
+    """
     build = read_build(settings.state_dir / "build.json")
     machines = Machines(build)
     machine = machines.read()
     request = settings.to_request(machine)
     calibration = Calibration(settings.state_dir / "calibration.json")
-    planner = MachinePlanner(model.shape, request, machines, calibration)
-    plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
+    measurements = Measurements(
+        settings.state_dir / "measurements.json", model.identity, _mark(machine)
+    )
+    oracle = Oracle(str(model.path), measurements)
+    planner = MachinePlanner(model.shape, request, machines, calibration, oracle=oracle)
+    if confirm:
+        plan = planner.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=True)
+    else:
+        plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
     return Prepared(settings, model, model_id, machine, planner, plan)
+
+
+def _mark(machine: Machine) -> str:
+    gpus = ",".join(f"{gpu.name} {gpu.compute_capability}" for gpu in machine.gpus)
+    return f"{machine.build.version} {library_mark()} {gpus}"
 
 
 def model_id_of(model: ModelFile, path: Path) -> str:

@@ -104,7 +104,7 @@ class ProcessSpawner:
                     stderr=log,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
-                    env=_environment(launch),
+                    env=worker_environment(launch),
                 )
         except OSError as error:
             ours.close()
@@ -121,7 +121,7 @@ class ProcessSpawner:
         return self._log.open("ab")
 
 
-def _environment(launch: Launch) -> dict[str, str]:
+def worker_environment(launch: Launch) -> dict[str, str]:
     """The daemon's environment, with CUDA's device order made NVML's, and without GPUs for a
     worker that uses none: a visible GPU costs a CUDA context before any load."""
     environment = dict(os.environ)

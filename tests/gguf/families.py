@@ -47,7 +47,8 @@ class Spec:
 def describe(spec: Spec) -> tuple[Metadata, Tensors]:
     """Give the metadata and the tensors (ggml order, fastest dimension first) of a spec."""
     metadata: Metadata = {
-        "general.name": f"Tiny {spec.arch}",
+        # llama.cpp looks for special tokens in vocabularies of models named phi3.
+        "general.name": f"Tiny {spec.arch.replace('phi3', 'phi')}",
         ".context_length": spec.n_ctx_train,
         ".embedding_length": spec.n_embd,
         ".block_count": spec.n_layer,
@@ -57,9 +58,9 @@ def describe(spec: Spec) -> tuple[Metadata, Tensors]:
     }
     tensors: Tensors = [("token_embd.weight", (spec.n_embd, spec.n_vocab))]
     tensors.append(("output_norm.weight", (spec.n_embd,)))
-    if not spec.tied:
-        tensors.append(("output.weight", (spec.n_embd, spec.n_vocab)))
     family = FAMILIES[spec.arch]
+    if not spec.tied and not family.always_tied:
+        tensors.append(("output.weight", (spec.n_embd, spec.n_vocab)))
     metadata |= family.metadata(spec)
     for layer in range(spec.n_layer):
         tensors += [(f"blk.{layer}.{name}", shape) for name, shape in family.block(spec, layer)]
@@ -72,6 +73,7 @@ class Family:
 
     metadata: Callable[[Spec], Metadata]
     block: Callable[[Spec, int], _Block]
+    always_tied: bool = False
 
 
 def _heads(spec: Spec) -> Metadata:
@@ -97,6 +99,10 @@ def _sliding(spec: Spec) -> Metadata:
     return {".attention.sliding_window": spec.window}
 
 
+def _softcaps() -> Metadata:
+    return {".attn_logit_softcapping": 50.0, ".final_logit_softcapping": 30.0}
+
+
 def _latent(spec: Spec) -> Metadata:
     return {
         ".attention.head_count": spec.n_head,
@@ -105,7 +111,7 @@ def _latent(spec: Spec) -> Metadata:
         ".attention.value_length": spec.kv_lora_rank,
         ".attention.key_length_mla": spec.head + spec.rope_dim,
         ".attention.value_length_mla": spec.head,
-        ".attention.q_lora_rank": spec.q_lora_rank,
+        **({".attention.q_lora_rank": spec.q_lora_rank} if spec.q_lora_rank else {}),
         ".attention.kv_lora_rank": spec.kv_lora_rank,
         ".rope.dimension_count": spec.rope_dim,
         ".leading_dense_block_count": 1,
@@ -212,11 +218,15 @@ def _gpt_oss_block(spec: Spec, _: int) -> _Block:
 
 
 def _deepseek2_block(spec: Spec, layer: int) -> _Block:
+    q = spec.n_head * (spec.head + spec.rope_dim)
     yield "attn_norm.weight", (spec.n_embd,)
-    yield "attn_q_a_norm.weight", (spec.q_lora_rank,)
     yield "attn_kv_a_norm.weight", (spec.kv_lora_rank,)
-    yield "attn_q_a.weight", (spec.n_embd, spec.q_lora_rank)
-    yield "attn_q_b.weight", (spec.q_lora_rank, spec.n_head * (spec.head + spec.rope_dim))
+    if spec.q_lora_rank:
+        yield "attn_q_a_norm.weight", (spec.q_lora_rank,)
+        yield "attn_q_a.weight", (spec.n_embd, spec.q_lora_rank)
+        yield "attn_q_b.weight", (spec.q_lora_rank, q)
+    else:
+        yield "attn_q.weight", (spec.n_embd, q)
     yield "attn_kv_a_mqa.weight", (spec.n_embd, spec.kv_lora_rank + spec.rope_dim)
     yield "attn_k_b.weight", (spec.head, spec.kv_lora_rank, spec.n_head)
     yield "attn_v_b.weight", (spec.kv_lora_rank, spec.head, spec.n_head)
@@ -225,6 +235,10 @@ def _deepseek2_block(spec: Spec, layer: int) -> _Block:
         yield from _dense_ff(spec)
         return
     yield from _expert_ff(spec)
+    yield from _shared_expert(spec)
+
+
+def _shared_expert(spec: Spec) -> _Block:
     yield "ffn_gate_shexp.weight", (spec.n_embd, spec.n_ff_exp)
     yield "ffn_up_shexp.weight", (spec.n_embd, spec.n_ff_exp)
     yield "ffn_down_shexp.weight", (spec.n_ff_exp, spec.n_embd)
@@ -243,7 +257,50 @@ def _mamba2_block(spec: Spec, _: int) -> _Block:
     yield "ssm_out.weight", (spec.ssm_inner, spec.n_embd)
 
 
+def _phi3_block(spec: Spec, _: int) -> _Block:
+    yield "attn_norm.weight", (spec.n_embd,)
+    yield "attn_qkv.weight", (spec.n_embd, (spec.n_head + 2 * spec.n_head_kv) * spec.head)
+    yield "attn_output.weight", (spec.n_embd, spec.n_embd)
+    yield "ffn_norm.weight", (spec.n_embd,)
+    yield "ffn_up.weight", (spec.n_embd, 2 * spec.n_ff)
+    yield "ffn_down.weight", (spec.n_ff, spec.n_embd)
+
+
+def _gemma2_block(spec: Spec, layer: int) -> _Block:
+    yield from _llama_block(spec, layer)
+    yield "post_attention_norm.weight", (spec.n_embd,)
+    yield "post_ffw_norm.weight", (spec.n_embd,)
+
+
+def _granitehybrid_block(spec: Spec, layer: int) -> _Block:
+    if (layer + 1) % spec.full_every == 0:
+        yield from _attention(spec)
+    else:
+        yield from _mamba2_block(spec, layer)
+    yield from _dense_ff(spec)
+
+
+def _granitehybrid(spec: Spec) -> Metadata:
+    kv_heads = [
+        spec.n_head_kv if (layer + 1) % spec.full_every == 0 else 0 for layer in range(spec.n_layer)
+    ]
+    return _heads(spec) | _states(spec) | {".attention.head_count_kv": kv_heads}
+
+
+def _qwen35moe_block(spec: Spec, layer: int) -> _Block:
+    yield from _qwen35_mixer(spec, layer)
+    yield "post_attention_norm.weight", (spec.n_embd,)
+    yield from _expert_ff(spec, norm=None)
+    yield "ffn_gate_inp_shexp.weight", (spec.n_embd,)
+    yield from _shared_expert(spec)
+
+
 def _qwen35_block(spec: Spec, layer: int) -> _Block:
+    yield from _qwen35_mixer(spec, layer)
+    yield from _dense_ff(spec, norm="post_attention_norm")
+
+
+def _qwen35_mixer(spec: Spec, layer: int) -> _Block:
     if (layer + 1) % spec.full_every == 0:
         yield from _attention(spec, q_scale=2)
         yield from _qk_norms(spec)
@@ -259,7 +316,6 @@ def _qwen35_block(spec: Spec, layer: int) -> _Block:
         yield "ssm_alpha.weight", (spec.n_embd, spec.ssm_heads)
         yield "ssm_norm.weight", (spec.ssm_state,)
         yield "ssm_out.weight", (spec.ssm_inner, spec.n_embd)
-    yield from _dense_ff(spec, norm="post_attention_norm")
 
 
 FAMILIES: dict[str, Family] = {
@@ -267,9 +323,24 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(_heads, _qwen2_block),
     "qwen3": Family(_heads, _qwen3_block),
     "qwen3moe": Family(lambda spec: _heads(spec) | _experts(spec), _qwen3moe_block),
+    "phi3": Family(_heads, _phi3_block),
+    "gemma2": Family(
+        lambda spec: _heads(spec) | _sliding(spec) | _softcaps(), _gemma2_block, always_tied=True
+    ),
     "gemma3": Family(lambda spec: _heads(spec) | _sliding(spec), _gemma3_block),
     "gpt-oss": Family(lambda spec: _heads(spec) | _experts(spec) | _sliding(spec), _gpt_oss_block),
     "deepseek2": Family(lambda spec: _latent(spec) | _experts(spec), _deepseek2_block),
     "mamba2": Family(_states, _mamba2_block),
+    "granitehybrid": Family(_granitehybrid, _granitehybrid_block),
     "qwen35": Family(lambda spec: _heads(spec) | _states(spec) | _hybrid(spec), _qwen35_block),
+    "qwen35moe": Family(
+        lambda spec: (
+            _heads(spec)
+            | _states(spec)
+            | _hybrid(spec)
+            | _experts(spec)
+            | {".expert_shared_feed_forward_length": spec.n_ff_exp}
+        ),
+        _qwen35moe_block,
+    ),
 }

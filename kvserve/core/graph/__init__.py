@@ -1,0 +1,1 @@
+"""llama.cpp's worst-case compute graph for a launch, and the memory that ggml needs for it."""

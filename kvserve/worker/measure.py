@@ -1,0 +1,93 @@
+"""`python -m kvserve.worker.measure`: what launches of a model would take, in llama.cpp's figures.
+
+Reads one `MeasureRequest` as JSON from stdin, writes one `MeasureAnswer` a line to stdout. No
+weights are read and no cache is allocated; but a CUDA build that sees its GPU takes a CUDA context
+there (about 500 MiB on an H100), so it belongs before a worker, not beside one. Exit status 0, or
+1 with one line on stderr where the request cannot be worked on at all.
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvserve.ipc.measuring import MeasureAnswer, Measured, MeasureRequest, Refused
+from kvserve.ipc.messages import Load
+from kvserve.worker import build
+from kvserve.worker.buffer_log import BufferLog
+from kvserve.worker.load_log import LoadLog
+
+if TYPE_CHECKING:
+    from kvserve.worker import llama
+
+
+def main() -> int:
+    """Answer the request on stdin; returns the exit status."""
+    try:
+        request = msgspec.json.decode(sys.stdin.buffer.read(), type=MeasureRequest)
+    except msgspec.DecodeError as error:
+        return _fail(f"not a request: {error}")
+    if (refusal := build.refusal()) is not None:
+        return _fail(refusal)
+    try:
+        _answer(request)
+    except Exception as error:  # a library that does not load, a type that is none
+        return _fail(f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _answer(request: MeasureRequest) -> None:
+    from kvserve.worker import llama  # noqa: PLC0415 - loads the library, checked above
+
+    log = LoadLog()
+    llama.start_backend(log)
+    pending = list(enumerate(request.launches))
+    while pending:
+        model = _model_of(pending[0][1])
+        same = [(index, load) for index, load in pending if _model_of(load) == model]
+        pending = [(index, load) for index, load in pending if _model_of(load) != model]
+        log.forget_errors()
+        try:
+            blueprint = llama.Blueprint(same[0][1], log)
+        except llama.LoadError as error:
+            for index, _ in same:
+                _write(Refused(index, error.message))
+            continue
+        for index, load in same:
+            _write(_measure(blueprint, index, load))
+        blueprint.close()
+
+
+def _measure(blueprint: "llama.Blueprint", index: int, load: Load) -> MeasureAnswer:
+    from kvserve.worker.llama import LoadError  # noqa: PLC0415 - as above
+
+    lines = BufferLog()
+    try:
+        blueprint.lay_out(load, lines.feed)
+    except LoadError as error:
+        return Refused(index, error.message)
+    return Measured(index, lines.buffers())
+
+
+def _model_of(load: Load) -> tuple[object, ...]:
+    """What a model is built with; contexts of the same can share it."""
+    placement = load.n_gpu_layers, load.n_cpu_moe, load.tensor_split
+    return load.model_path, load.extra_buffers, *placement
+
+
+def _write(answer: MeasureAnswer) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _fail(message: str) -> int:
+    print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    status = main()
+    # Native libraries' own clean-up may crash after the answers are out.
+    sys.stdout.flush()
+    os._exit(status)
