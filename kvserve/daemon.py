@@ -84,6 +84,7 @@ async def serve(
         drain_timeout=settings.drain_timeout,
         load_timeout=settings.load_timeout,
         step_timeout=settings.step_timeout,
+        carry_bytes=settings.carry_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
     )
     supervisor = Supervisor(

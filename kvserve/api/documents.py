@@ -26,6 +26,7 @@ def plan_document(plan: Plan) -> Document:
         "request": _request(plan.request),
         "chosen": _candidate(plan.chosen),
         "candidates": [_candidate(candidate) for candidate in plan.candidates],
+        "confirmed": plan.confirmed,
     }
 
 
@@ -173,6 +174,9 @@ def _candidate(candidate: Candidate) -> Document:
         "fits": candidate.fits,
         "reason": candidate.reason,
         "max_ctx": candidate.max_ctx,
+        "exact": candidate.exact,
+        "formula_bytes": candidate.formula_bytes,
+        "formula_error": candidate.formula_error,
     }
 
 

@@ -32,11 +32,19 @@ def root(
 @app.command()
 @explained
 @flags.takes_settings(*flags.SHARED, "vram_free")
-def plan(*, config: flags.Config = None, as_json: flags.Json = False, **given: object) -> None:
+def plan(
+    *,
+    config: flags.Config = None,
+    as_json: flags.Json = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Let llama.cpp check the sizes; takes a second.")
+    ] = False,
+    **given: object,
+) -> None:
     """Print what `start` would choose, every candidate with its price, and start nothing."""
     from kvserve.cli.planning import show_plan  # noqa: PLC0415
 
-    show_plan(given, config, as_json=as_json)
+    show_plan(given, config, as_json=as_json, confirm=confirm)
 
 
 @app.command()
@@ -57,6 +65,7 @@ def plan(*, config: flags.Config = None, as_json: flags.Json = False, **given: o
     "queue_limit",
     "request_timeout",
     "drain_timeout",
+    "carry_ram",
     "load_timeout",
     "step_timeout",
     "log_level",

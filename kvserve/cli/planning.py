@@ -18,14 +18,17 @@ from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.preparing import prepare
 
 
-def show_plan(flags: Mapping[str, object], config: Path | None, *, as_json: bool) -> None:
-    """Print what `start` would choose here, or on a GPU with `--vram-free` bytes free."""
+def show_plan(
+    flags: Mapping[str, object], config: Path | None, *, as_json: bool, confirm: bool = False
+) -> None:
+    """Print what `start` would choose here, or on a GPU with `--vram-free` bytes free. With
+    `confirm` llama.cpp lays the candidates out first, as `start` has it do."""
     settings = load_settings(flags, config=config)
     model = open_model(settings)
     if settings.vram_free is not None:
         plan = _plan_elsewhere(settings, model.file.shape, settings.vram_free)
     else:
-        plan = prepare(settings, model.file, model.id).plan
+        plan = prepare(settings, model.file, model.id, confirm=confirm).plan
     print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan))
 
 

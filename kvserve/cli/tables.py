@@ -76,8 +76,12 @@ def chosen_line(plan: Plan) -> str:
     return (
         f"chosen   KV cache {launch.pair} at {launch.n_ctx} tokens {where}{experts}: "
         f"{format_bytes(plan.chosen.memory.total_bytes)}, "
-        f"{format_bytes(plan.chosen.headroom_bytes)} to spare"
+        f"{format_bytes(plan.chosen.headroom_bytes)} to spare ({_source(plan)})"
     )
+
+
+def _source(plan: Plan) -> str:
+    return "sizes confirmed by llama.cpp" if plan.confirmed else "sizes computed"
 
 
 def _row(candidate: Candidate, shape: ModelShape) -> tuple[str, ...]:

@@ -101,10 +101,12 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
 class Generate(Message, frozen=True):
     """Answer one prompt.
 
-    `max_tokens` None goes on to the end of the context. `resume` are the tokens that an earlier
-    worker already generated for this request: their text was delivered and is not sent again.
-    Cached prefixes are shared only between requests of the same `cache_salt`. `n_logprobs` asks
-    for the log probability of each token, and of that many most likely ones beside it.
+    `max_tokens` None goes on to the end of the context. With `may_grow` an answer that comes to
+    that end is not over: `NeedsContext` follows, and a later worker goes on. `resume` are the
+    tokens that an earlier worker already generated for this request: their text was delivered and
+    is not sent again. Cached prefixes are shared only between requests of the same
+    `cache_salt`. `n_logprobs` asks for the log probability of each token, and of that many most
+    likely ones beside it.
     """
 
     id: int
@@ -115,6 +117,7 @@ class Generate(Message, frozen=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     resume: tuple[int, ...] = ()
+    may_grow: bool = False
     cache_salt: str = ""
     n_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -289,11 +292,13 @@ class ExportedState(msgspec.Struct, frozen=True, array_like=True):
 class Paused(Message, frozen=True):
     """No step runs any more; everything generated was sent before this frame.
 
-    The worker keeps the files of `states` open until it exits.
+    The worker keeps the files of `states` open until it exits. `refused` has the reason of each
+    sequence that was not exported.
     """
 
     states: tuple[ExportedState, ...] = ()
     export_seconds: float = 0.0
+    refused: tuple[str, ...] = ()
 
 
 FromWorker = (

@@ -104,8 +104,14 @@ class Settings(BaseModel):
         600.0, description="Time that a request may take in total; 0 or `none` for no limit."
     )
     drain_timeout: values.Seconds = Field(
-        30.0,
-        description="How long a reload waits for running requests before it pauses them.",
+        0.0,
+        description="How long a reload waits for running requests before it pauses them; paused "
+        "ones go on in the same stream.",
+    )
+    carry_ram: values.SizeOrAuto = Field(
+        "auto",
+        description="Host memory for conversations' KV cache on its way to the next worker, as "
+        "`4GiB`; 0 computes them again, `auto` is a quarter of what is free.",
     )
     load_timeout: values.PositiveSeconds = Field(
         600.0, description="How long a model may take to load before the worker is ended."
@@ -164,6 +170,11 @@ class Settings(BaseModel):
                 "add --api-key KEY, or --insecure if that is meant",
                 param="host",
             )
+
+    @property
+    def carry_bytes(self) -> int | None:
+        """`carry_ram` in bytes; None for `auto`."""
+        return None if self.carry_ram == "auto" else self.carry_ram
 
     def growth(self, n_ctx_train: int) -> GrowthPolicy:
         """Return when the context of a model trained for `n_ctx_train` tokens moves by itself."""

@@ -104,7 +104,8 @@ class Ticket:
 @dataclass(slots=True)
 class Job:
     """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
-    is the context that it cannot do without, as far as is known."""
+    is the context that it cannot do without, as far as is known. One that is `settled` makes do
+    with the context there is: no larger one can be had for the rest of its answer."""
 
     id: int
     spec: GenerationSpec
@@ -115,8 +116,9 @@ class Job:
     needs_ctx: int = 0
     n_crashes: int = 0
     announced: bool = False
+    settled: bool = False
 
-    def to_message(self) -> Generate:
+    def to_message(self, *, may_grow: bool = False) -> Generate:
         """The frame that starts, or goes on with, this request."""
         return Generate(
             id=self.id,
@@ -127,6 +129,7 @@ class Job:
             stop=self.spec.stop,
             ignore_eos=self.spec.ignore_eos,
             resume=tuple(self.tokens),
+            may_grow=may_grow and not self.settled,
         )
 
 

@@ -45,7 +45,8 @@ NO_GROWTH = GrowthPolicy(Adapt.OFF, max_ctx=0)
 class Policy:
     """Limits, in seconds where not said otherwise; `request_timeout` None is no limit.
 
-    `carry_bytes` is the host memory that sequences may take on their way to the next worker.
+    `carry_bytes` is the host memory that sequences may take on their way to the next worker, None
+    for a quarter of what is free then.
     """
 
     model_path: str
@@ -57,8 +58,14 @@ class Policy:
     pause_timeout: float = 10.0
     load_timeout: float = 600.0
     step_timeout: float = 120.0
-    carry_bytes: int = 0
+    carry_bytes: int | None = 0
     growth: GrowthPolicy = NO_GROWTH
+
+    def carry_limit(self, following: Plan) -> int:
+        """The host memory for sequences on their way to `following`, in bytes."""
+        if self.carry_bytes is not None:
+            return self.carry_bytes
+        return following.machine.host.free_bytes // 4
 
 
 def load_message(attempt: Attempt, policy: Policy) -> Load:

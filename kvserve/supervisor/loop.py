@@ -31,7 +31,7 @@ from kvserve.ipc.messages import (
     Step,
 )
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
-from kvserve.supervisor.carry import NOTHING, Carried, adopt
+from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.recovery import (
@@ -271,7 +271,8 @@ class Supervisor:
                     self._heard_at = now
                 # Twice the batch: the next prompts are tokenized before a place is free.
                 places = 2 * attempt.plan.chosen.launch.n_parallel
-                self._requests.dispatch(worker, places, loaded.n_ctx)
+                may_grow = grown(loaded.n_ctx + 1, self._policy.growth) is not None
+                self._requests.dispatch(worker, places, loaded.n_ctx, may_grow=may_grow)
                 self._kill_if_hung(worker, now)
                 self._adapt(serving, now)
             case Draining() as draining:
@@ -364,18 +365,19 @@ class Supervisor:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
                 self._requests.worker_paused()
-                self._leave(state, adopt(worker.pid, message.states))
+                self._leave(state, adopt(worker.pid, message))
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
 
     def _on_loaded(self, state: Loading, message: Loaded) -> None:
         state.attempt.carried.close()
+        carry = state.attempt.carried.reported(message.carried)
         attempt = replace(state.attempt, carried=NOTHING)
         self._move(Event.LOADED, Serving(state.worker, attempt, message))
         self._answered_at_load = self._requests.n_answered
         self._beside(self._weigh(state.worker, attempt.plan, message))
         outcome = "done" if attempt.failure is None else "rolled_back"
-        self._history.record(attempt, outcome, carry=message.carried)
+        self._history.record(attempt, outcome, carry=carry)
         launch = attempt.plan.chosen.launch
         log.info(
             "serving",
@@ -384,13 +386,13 @@ class Supervisor:
             n_gpu_layers=launch.n_gpu_layers,
             load_seconds=round(message.load_seconds, 2),
         )
-        if message.carried is not None:
+        if carry is not None:
             log.info(
                 "sequences carried",
-                n_sequences=message.carried.n_sequences,
-                n_tokens=message.carried.n_tokens,
-                refused=message.carried.refused,
-                seconds=round(message.carried.seconds, 3),
+                n_sequences=carry.n_sequences,
+                n_tokens=carry.n_tokens,
+                refused=carry.refused,
+                seconds=round(carry.seconds, 3),
             )
         if not self.first_ready.done():
             self.first_ready.set_result(None)
@@ -529,7 +531,12 @@ class Supervisor:
 
     def _drain(self, state: Draining, now: float) -> None:
         if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
-            state.worker.send(Pause(export_bytes=self._policy.carry_bytes))
+            limit = export_limit(
+                self._policy.carry_limit(state.following.plan),
+                state.attempt.plan.chosen.launch.pair,
+                state.following.plan.chosen.launch.pair,
+            )
+            state.worker.send(Pause(export_bytes=limit))
             self._update(replace(state, kill_at=now + self._policy.pause_timeout))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill()

@@ -51,17 +51,17 @@ class Requests:
         """Requests that no worker has."""
         return len(self.line) + len(self.parked)
 
-    def dispatch(self, worker: Worker, limit: int, n_ctx: int) -> None:
+    def dispatch(self, worker: Worker, limit: int, n_ctx: int, *, may_grow: bool = False) -> None:
         """Hand waiting requests to the worker until it has `limit`; park what asks for more
-        context than its `n_ctx`."""
+        context than its `n_ctx`. With `may_grow` an answer that fills the context is parked too."""
         while len(self.line) and len(self.running) < limit:
             job = self.line.pop()
             job.needs_ctx = max(job.needs_ctx, job.spec.min_ctx)
-            if job.needs_ctx > n_ctx:
+            if job.needs_ctx > n_ctx and not job.settled:
                 self.parked[job.id] = job
                 continue
             self.running[job.id] = job
-            worker.send(job.to_message())
+            worker.send(job.to_message(may_grow=may_grow))
 
     def cancel(self, request_id: int, worker: Worker | None) -> None:
         """Forget a request that its caller gave up."""
@@ -132,8 +132,13 @@ class Requests:
         self.line.put_back(ready)
 
     def refuse(self, job: Job, n_ctx: int, remedy: str) -> None:
-        """Fail a parked request: no context that may be had can hold it."""
+        """Fail a parked request: no context that may be had can hold it. An answer that began
+        ends where the context does instead, with the reason `length`."""
         self.parked.pop(job.id, None)
+        if job.tokens:
+            job.settled = True
+            self.line.put_back([job])
+            return
         self._fail(
             job,
             ContextLengthExceeded(

@@ -208,6 +208,11 @@ class CellTree:
         return upper
 
 
+def n_shared(sequence: CachedSequence, others: set[CachedSequence]) -> int:
+    """How many cells of a sequence any of the others holds too."""
+    return sum(branch.n_cells for branch in _path(sequence.tail) if branch.sequences & others)
+
+
 def n_common(some: Tokens, other: Tokens) -> int:
     """How many tokens two arrays have in common from their beginning on."""
     n = min(len(some), len(other))

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
+    CarryReport,
     Delta,
     End,
     Failed,
     Generate,
+    NeedsContext,
     Pause,
     Paused,
     Started,
@@ -24,6 +26,7 @@ from kvserve.ipc.messages import (
     TokenLogprobs,
     ToWorker,
 )
+from kvserve.worker.carrying import Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraint
@@ -98,11 +101,21 @@ class Engine:
             context.vocab,
             renderer,
             context.n_ctx,
+            context.n_ctx_train,
             wanted=self._preparing.__contains__,
             deliver=inbox.put,
         )
         n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
         self._pool = ThreadPoolExecutor(n_threads, "sample") if n_threads > 1 else None
+
+    def take_in(self, incoming: Incoming) -> CarryReport:
+        """Bring what an earlier worker left into the cache, before `run`."""
+        arrived, report = incoming.import_into(self._context, self._cache.free_ids)
+        # The first to come is the most important: it is to be given up last.
+        for one in reversed(arrived):
+            self._cache.adopt(one.slot, one.tokens, one.salt)
+        log_refusals(report)
+        return report
 
     def run(self) -> None:
         """Serve; blocks where there is nothing to do. Never returns."""
@@ -135,13 +148,21 @@ class Engine:
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._forget(request)
-            case Pause():
+            case Pause(export_bytes=limit_bytes):
                 self._paused = True
-                self._channel.send(Paused())
+                self._channel.send(self._export(limit_bytes))
             case Prepared() | Refused():
                 pass
             case _:
                 print(f"unexpected message: {message!r}", file=sys.stderr, flush=True)
+
+    def _export(self, limit_bytes: int) -> Paused:
+        if limit_bytes <= 0:
+            return Paused()
+        self._cache.make_room(1)  # for the canaries
+        self._change_memory(self._cache.take_operations())
+        sequences = self._scheduler.sequences
+        return export(self._context, sequences, limit_bytes, self._cache.shortest)
 
     def _admit(self, prepared: Prepared) -> None:
         job = _Job(
@@ -179,6 +200,7 @@ class Engine:
         self._scheduler.commit(plan)
         draws = self._draws(plan)
         deltas, ends, logprobs = [], [], []
+        outgrown: list[_Job] = []
         for draw, (token, likelihoods) in zip(draws, self._sample(draws), strict=True):
             job = draw.job
             if job.constraint is not None and job.constraint.error is not None:
@@ -189,10 +211,15 @@ class Engine:
                 logprobs.append(likelihoods)
             if job.generation.finish is None:
                 self._scheduler.grow(job.id)
+                if job.generation.n_tokens >= self._context.n_ctx:
+                    outgrown.append(job)
             else:
                 ends.append(_end(job, self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
         self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs))
+        for job in outgrown:
+            self._channel.send(NeedsContext(job.id, job.generation.n_tokens))
+            self._forget(job.id)
 
     def _change_memory(self, operations: tuple[Operation, ...]) -> None:
         context = self._context

@@ -139,9 +139,14 @@ class PrefixCache:
         self._tree.stop(sequence)
         self._drop(sequence)
 
+    @property
+    def free_ids(self) -> tuple[int, ...]:
+        """Sequence ids that nothing has, those that batches cannot use first."""
+        return (*self._free_spares, *self._free_slots)
+
     def adopt(self, slot: int, tokens: Tokens, salt: str) -> None:
-        """Keep a sequence that was read into a free slot from elsewhere."""
-        self._free_slots.remove(slot)
+        """Keep a sequence that was read from elsewhere under a free id."""
+        (self._free_slots if slot < self._n_slots else self._free_spares).remove(slot)
         sequence = self._tree.open(slot, tokens, salt)
         self._tree.append(sequence, len(tokens))
         self._tree.stop(sequence)

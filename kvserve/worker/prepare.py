@@ -55,6 +55,7 @@ class Preparer:
         vocab: Vocab,
         renderer: ChatRenderer,
         n_ctx: int,
+        n_ctx_train: int,
         *,
         wanted: Callable[[int], bool],
         deliver: Callable[[Prepared | Refused], None],
@@ -62,6 +63,7 @@ class Preparer:
         self._vocab = vocab
         self._renderer = renderer
         self._n_ctx = n_ctx
+        self._n_ctx_train = n_ctx_train
         self._wanted = wanted
         self._deliver = deliver
         self._grammars = GrammarCompiler(vocab.n_tokens, vocab.grammar_tokenizer)
@@ -98,10 +100,12 @@ class Preparer:
         prompt = self._tokens(request)
         self._check_ids(request.resume, "resume")
         self._check_ids(request.sampling.logit_bias, "logit_bias")
-        n_tokens = len(prompt) + len(request.resume)
+        # Without growth, what was generated already ends the answer where it fills the context.
+        n_tokens = len(prompt) + (len(request.resume) if request.may_grow else 0)
         if n_tokens + 1 > self._n_ctx:
             return Refused(request.id, NeedsContext(request.id, n_tokens))
-        room = self._n_ctx - len(prompt)
+        end = max(self._n_ctx, self._n_ctx_train) if request.may_grow else self._n_ctx
+        room = end - len(prompt)
         limits = Limits(
             max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
             min_tokens=request.min_tokens,

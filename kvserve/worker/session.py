@@ -5,9 +5,11 @@ import sys
 import time
 from dataclasses import dataclass
 
+from kvserve.core.dtypes import CachePair, KvType
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress
 from kvserve.worker import llama
+from kvserve.worker.carrying import Incoming
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
@@ -31,6 +33,7 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
     load = _wait_for_load(inbox)
     begun = time.monotonic()
+    incoming = _incoming(load)
     try:
         model = _load(load, log, channel)
     except llama.LoadError as error:
@@ -38,6 +41,7 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
         return 1
     context = model.context
     engine = Engine(context, channel, model.renderer, inbox, load.n_seq_max)
+    carried = engine.take_in(incoming) if incoming is not None else None
     channel.send(
         Loaded(
             n_ctx=context.n_ctx,
@@ -47,10 +51,18 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
             template=model.template.name,
             load_seconds=time.monotonic() - begun,
             flash_attn=load.flash_attn,
+            carried=carried,
         )
     )
     engine.run()
     return 0
+
+
+def _incoming(load: Load) -> Incoming | None:
+    if not load.carried:
+        return None
+    pair = CachePair(KvType(load.type_k), KvType(load.type_v))
+    return Incoming(load.carried, pair, len(os.sched_getaffinity(0)))
 
 
 def _wait_for_load(inbox: Inbox) -> Load:

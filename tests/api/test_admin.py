@@ -27,6 +27,9 @@ CONTRACT = {
     "fits",
     "reason",
     "max_ctx",
+    "exact",
+    "formula_bytes",
+    "formula_error",
 }
 MEMORY = {
     "weights_bytes",
@@ -41,7 +44,14 @@ MEMORY = {
 
 def test_the_plan_document_keeps_its_contract():
     document = json.loads(json.dumps(plan_document(PLAN), allow_nan=False))
-    assert set(document) == {"model", "machine", "request", "chosen", "candidates"}
+    assert set(document) == {
+        "model",
+        "machine",
+        "request",
+        "chosen",
+        "candidates",
+        "confirmed",
+    }
     assert {"n_ctx", "parallel", "task"} <= set(document["request"])
     assert len(document["candidates"]) == len(PLAN.candidates) > 1
     for candidate in [document["chosen"], *document["candidates"]]:

@@ -222,3 +222,53 @@ def test_a_parked_request_can_be_given_up() -> None:
         await stage.end()
 
     play(story)
+
+
+def test_an_answer_that_fills_the_context_goes_on_in_a_larger_one() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit(replace(SPEC, max_tokens=None))
+        (asked,) = old.of_kind(Generate)
+        assert asked.may_grow
+        old.started(caller.id)
+        old.answer(caller.id, 1, 2, 3)
+        old.say(NeedsContext(id=caller.id, n_tokens=16384))
+        new = await turn_over(stage, old)
+        (resumed,) = new.of_kind(Generate)
+        assert (resumed.id, len(resumed.resume)) == (caller.id, 3)
+        new.answer(caller.id, 4, 5, done=True)
+        await stage.settle()
+        assert caller.done is not None
+        await stage.end()
+
+    play(story)
+
+
+def test_an_answer_that_no_context_can_hold_ends_where_the_context_does() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit(replace(SPEC, max_tokens=None))
+        old.started(caller.id)
+        old.answer(caller.id, 1, 2, 3)
+        stage.planner.error = DoesNotFit("too big", needed_bytes=2, free_bytes=1)
+        old.say(NeedsContext(id=caller.id, n_tokens=16384))
+        await stage.settle()
+        again = old.of_kind(Generate)[-1]
+        assert (again.id, len(again.resume), again.may_grow) == (caller.id, 3, False)
+        await stage.end()
+
+    play(story)
+
+
+@pytest.mark.parametrize("growth", [replace(GROW, adapt=Adapt.OFF), replace(GROW, max_ctx=16384)])
+def test_where_nothing_may_grow_an_answer_is_not_told_to(growth: GrowthPolicy) -> None:
+    async def story() -> None:
+        stage = Stage(growth=growth)
+        worker = await stage.serving()
+        await stage.submit()
+        assert not worker.of_kind(Generate)[0].may_grow
+        await stage.end()
+
+    play(story)

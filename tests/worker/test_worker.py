@@ -168,7 +168,7 @@ def test_bad_token_ids_fail_that_request_alone(worker, prompt, fields, param: st
 
 def test_a_prompt_that_does_not_fit_names_its_length(worker) -> None:
     assert isinstance(worker.complete(TokenPrompt((5,) * 512)).refusal, NeedsContext)
-    resumed = worker.complete(TokenPrompt((5,) * 500), resume=(5,) * 60)
+    resumed = worker.complete(TokenPrompt((5,) * 500), resume=(5,) * 60, may_grow=True)
     assert resumed.refusal.n_tokens == 560
     last = worker.complete(TokenPrompt((5,) * 510), ignore_eos=True)
     assert (last.end.reason, last.end.n_generated_tokens) == ("length", 2)
@@ -317,3 +317,23 @@ def test_duplicate_and_unknown_ids_do_no_harm(worker) -> None:
     worker.until(Step)
     worker.send(Generate(request, TextPrompt(PROMPTS[0]), Sampling(temperature=0.0), max_tokens=8))
     assert len(worker.finish(request)[0].tokens) == 8
+
+
+def test_an_answer_that_may_grow_stops_at_the_contexts_end_and_goes_on(workers, load_message):
+    first = workers.start()
+    first.load(load_message(n_ctx=256))
+    usual = {"max_tokens": 60, "ignore_eos": True}
+    prompt = TokenPrompt((2, *range(1000, 1219)))
+    request = first.ask(prompt, may_grow=True, **usual)
+    needs = first.until(NeedsContext)
+    answer = first.answers[request]
+    assert needs == NeedsContext(request, 256)
+    assert len(answer.tokens) == 36
+    again = first.complete(prompt, resume=tuple(answer.tokens), **usual)
+    assert (again.end.reason, again.tokens) == ("length", [])
+
+    second = workers.start()
+    second.load(load_message(n_ctx=512))
+    rest = second.complete(prompt, resume=tuple(answer.tokens), may_grow=True, **usual)
+    assert (rest.end.reason, rest.end.n_generated_tokens) == ("length", 60)
+    assert len(rest.tokens) == 24

@@ -29,6 +29,8 @@ LogProbs = NDArray[np.float32]
 """Natural logarithms of the next token's probabilities, shape (n_vocab,)."""
 
 HEADER_BYTES = 4096
+LONGEST_SALT = 512
+"""In characters: encoded, they still fit the header."""
 
 _MAGIC = b"kvserve1"
 _LENGTH = struct.Struct("<I")
@@ -53,7 +55,8 @@ class Contents:
 
     `state_bytes` is the length of llama.cpp's part, `n_cached` the number of tokens in it. Of the
     `n_tokens` that are listed, at most the last is not in the cache: it is decoded next, and the
-    distribution over `n_vocab` tokens that follows it is expected then (0: none was taken).
+    distribution over `n_vocab` tokens that follows it is expected then (0: none was taken). `salt`
+    keeps its cells apart from other tenants' (at most LONGEST_SALT characters).
 
     Raises ValueError where these do not go together.
     """
@@ -64,6 +67,7 @@ class Contents:
     n_cached: int
     n_tokens: int
     n_vocab: int = 0
+    salt: str = ""
 
     def __post_init__(self) -> None:
         sizes = self.state_bytes, self.n_cached, self.n_vocab
@@ -71,6 +75,8 @@ class Contents:
             raise ValueError(f"{self.n_cached} of {self.n_tokens} tokens in {sizes[0]} bytes")
         if self.n_vocab and self.n_tokens == self.n_cached:
             raise ValueError("a distribution after no token")
+        if len(self.salt) > LONGEST_SALT:
+            raise ValueError(f"a salt of {len(self.salt)} characters")
 
     @property
     def tokens_offset(self) -> int:

@@ -4,6 +4,7 @@ from kvserve.core.dtypes import CachePair, KvType
 from kvserve.worker.carry.canary import divergence, divergence_limit, next_distribution
 from kvserve.worker.carry.layout import StateLayout
 from kvserve.worker.carry.memory_file import (
+    LONGEST_SALT,
     Contents,
     ExportedState,
     LogProbs,
@@ -18,7 +19,7 @@ from kvserve.worker.llama import VERSION, CacheFull, Context, DecodeError
 
 
 def export_sequence(
-    context: Context, slot: int, tokens: Tokens, *, canary: bool = False
+    context: Context, slot: int, tokens: Tokens, *, salt: str = "", canary: bool = False
 ) -> ExportedState:
     """Copy a sequence into a memory file.
 
@@ -36,6 +37,8 @@ def export_sequence(
     n_cached = context.n_cached(slot)
     if n_cached == 0:
         raise CannotCarry(Reason.EMPTY, "the sequence holds no tokens")
+    if len(salt) > LONGEST_SALT:
+        raise CannotCarry(Reason.EXPORT, f"a cache salt of {len(salt)} characters")
     if len(tokens) - n_cached not in (0, 1):
         raise CannotCarry(Reason.EXPORT, f"{n_cached} tokens in the cache, and {len(tokens)} told")
     n_bytes = context.state_bytes(slot)
@@ -52,7 +55,9 @@ def export_sequence(
 
     canary = canary and len(tokens) > n_cached and slot < context.n_seq_max
     n_vocab = context.vocab.n_tokens if canary else 0
-    contents = Contents(_origin(context), layout, gap + n_bytes, n_cached, len(tokens), n_vocab)
+    contents = Contents(
+        _origin(context), layout, gap + n_bytes, n_cached, len(tokens), n_vocab, salt
+    )
     return write_state(contents, tokens, fill)
 
 
