@@ -147,7 +147,7 @@ ToWorker = Load | Generate | Cancel | Pause | Shutdown
 
 
 class Hello(Message, frozen=True):
-    """First frame: the worker runs and has imported its engine."""
+    """First frame: the worker was told to load, and its engine runs."""
 
     pid: int
     engine: str

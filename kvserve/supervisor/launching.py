@@ -18,6 +18,14 @@ class Spawner(Protocol):
         """A new worker. Raises WorkerFailed."""
         ...
 
+    async def spawn_ahead(self, launch: Launch) -> None:
+        """Prepare for a `spawn` that comes soon. Never raises."""
+        ...
+
+    async def close(self) -> None:
+        """Nothing is spawned any more: end what was prepared."""
+        ...
+
 
 class Planner(Protocol):
     """Reads the machine and decides."""

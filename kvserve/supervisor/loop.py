@@ -80,6 +80,8 @@ TICK_SECONDS = 0.25
 LEAVE_SECONDS = 10.0
 ANSWER_TOKENS = 256
 """Room for an answer that a refusal adds to the context it recommends."""
+SLOWEST_EXPORT = 2**29
+"""Bytes a second that a worker which exports its sequences makes at least."""
 STOP_GRACE_SECONDS = 5.0
 STOP_KILL_SECONDS = 7.5
 
@@ -201,6 +203,7 @@ class Supervisor:
             if (attempt := attempt_of(self._state)) is not None:
                 attempt.carried.close()
             self._requests.fail_all(NotReady("the server is shutting down"))
+            await self._spawner.close()
             if not self.stopped.done():
                 self.stopped.set_result(None)
 
@@ -370,7 +373,8 @@ class Supervisor:
                 log.debug("frame out of place", frame=type(message).__name__)
 
     def _on_loaded(self, state: Loading, message: Loaded) -> None:
-        state.attempt.carried.close()
+        # Gigabytes take the kernel a while to free.
+        self._beside(asyncio.to_thread(state.attempt.carried.close))
         carry = state.attempt.carried.reported(message.carried)
         attempt = replace(state.attempt, carried=NOTHING)
         self._move(Event.LOADED, Serving(state.worker, attempt, message))
@@ -519,6 +523,7 @@ class Supervisor:
                 change=change,
             )
             pause_at = self._clock() + self._policy.drain_timeout
+            self._beside(self._spawner.spawn_ahead(result.chosen.launch))
             self._move(
                 Event.RELOAD,
                 Draining(state.worker, attempt, state.loaded, following, pause_at=pause_at),
@@ -537,7 +542,9 @@ class Supervisor:
                 state.following.plan.chosen.launch.pair,
             )
             state.worker.send(Pause(export_bytes=limit))
-            self._update(replace(state, kill_at=now + self._policy.pause_timeout))
+            n_bytes = min(limit, state.attempt.plan.chosen.memory.kv_bytes)
+            patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
+            self._update(replace(state, kill_at=now + patience))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill()
         else:

@@ -41,6 +41,11 @@ class ProcessWorker:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended yet, as far as is known."""
+        return self._process.returncode is None
+
     def send(self, message: ToWorker) -> None:
         """Queue a frame."""
         self._channel.send(message)
@@ -81,14 +86,48 @@ class ProcessWorker:
 
 
 class ProcessSpawner:
-    """Starts worker processes. `argv` is the program; the socket's number is appended."""
+    """Starts worker processes. `argv` is the program; the socket's number is appended.
+
+    One process may be started ahead of its time: until it is told to load, a worker imports its
+    modules, which takes a second, and touches no GPU.
+    """
 
     def __init__(self, log: Path, argv: Sequence[str] = WORKER_ARGV) -> None:
         self._log = log
         self._argv = tuple(argv)
+        self._ahead: tuple[dict[str, str], ProcessWorker] | None = None
+        self._lock = asyncio.Lock()
+
+    async def spawn_ahead(self, launch: Launch) -> None:
+        """Have a process ready for the next `spawn`. Never raises: that will tell what is wrong."""
+        async with self._lock:
+            if self._ahead is None:
+                environment = worker_environment(launch)
+                with contextlib.suppress(WorkerFailed):
+                    self._ahead = environment, await self._start(environment)
 
     async def spawn(self, launch: Launch) -> Worker:
         """Start a worker for a launch. Raises WorkerFailed where the system refuses."""
+        environment = worker_environment(launch)
+        async with self._lock:
+            if self._ahead is not None and self._ahead[0] == environment:
+                _, worker = self._ahead
+                self._ahead = None
+                if worker.alive:
+                    return worker
+                await worker.wait()
+            return await self._start(environment)
+
+    async def close(self) -> None:
+        """End the process that nobody came for."""
+        async with self._lock:
+            if self._ahead is not None:
+                _, worker = self._ahead
+                self._ahead = None
+                worker.kill()
+                await worker.wait()
+
+    async def _start(self, environment: dict[str, str]) -> ProcessWorker:
         ours, theirs = socket.socketpair()
         try:
             with self._open_log() as log:
@@ -104,7 +143,7 @@ class ProcessSpawner:
                     stderr=log,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
-                    env=worker_environment(launch),
+                    env=environment,
                 )
         except OSError as error:
             ours.close()

@@ -13,7 +13,7 @@ import numpy as np
 from kvserve.core.dtypes import CachePair
 from kvserve.ipc import messages
 from kvserve.worker.carry.layout import forecast
-from kvserve.worker.carry.memory_file import ExportedState, Tokens
+from kvserve.worker.carry.memory_file import ExportedState, Tokens, blank_file
 from kvserve.worker.carry.refusal import CannotCarry
 from kvserve.worker.carry.sequence import export_sequence, import_sequence, prove_sequence
 from kvserve.worker.carry.transcode import transcode
@@ -23,22 +23,76 @@ from kvserve.worker.llama import CacheFull, Context, DecodeError
 _MOST_SHARED = 0.5
 """A sequence that shares more of its cells with an exported one stays behind: the import gives
 every sequence cells of its own, and its own rest is soon prefilled again."""
+_GROWTH_TOKENS = 512
+"""About what a running sequence grows by while memory for its export is made ready."""
+
+
+class Blanks:
+    """Memory files for an export to come, made by a thread while the engine still decodes.
+
+    `sequences` are those of now; the running ones grow until `ready`.
+    """
+
+    def __init__(
+        self, context: Context, sequences: Sequence[CachedSequence], limit_bytes: int
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self._files: dict[CachedSequence, int] = {}
+        self._sizes: dict[CachedSequence, int] = {}
+        left_bytes = limit_bytes
+        done: set[CachedSequence] = set()
+        for sequence in sequences:
+            n_bytes = context.state_bytes(sequence.slot)
+            if not 0 < n_bytes <= left_bytes or not _worth_a_file(sequence, done):
+                continue
+            n_tokens = sequence.n_cells + _GROWTH_TOKENS
+            self._sizes[sequence] = n_bytes * n_tokens // max(sequence.n_cells, 1)
+            left_bytes -= n_bytes
+            done.add(sequence)
+        self._thread = threading.Thread(target=self._make, name="blanks", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return not self._thread.is_alive()
+
+    def take(self, sequence: CachedSequence) -> int | None:
+        """The descriptor of a sequence's file; None where there is none. Waits until `ready`."""
+        self._thread.join()
+        return self._files.pop(sequence, None)
+
+    def close(self) -> None:
+        """Give back what was not taken."""
+        self._thread.join()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _make(self) -> None:
+        for sequence, n_bytes in self._sizes.items():
+            try:
+                self._files[sequence] = blank_file(n_bytes)
+            except OSError as error:
+                print(f"no memory ahead: {error}", file=sys.stderr, flush=True)
+                return
 
 
 def export(
-    context: Context, sequences: Sequence[CachedSequence], limit_bytes: int, shortest: int
+    context: Context, sequences: Sequence[CachedSequence], blanks: Blanks, shortest: int
 ) -> messages.Paused:
-    """Export sequences in the order given, up to `limit_bytes` in all; shorter ones than
+    """Export sequences in the order given, up to the limit of `blanks` in all; shorter ones than
     `shortest` tokens are not worth it.
 
     The context is of no use for anything else afterwards. The files stay open until this process
     ends. Whatever cannot be exported stays behind, with its reason.
     """
     began = time.monotonic()
-    outlet = _Outlet(context, sequences, limit_bytes)
+    outlet = _Outlet(context, sequences, blanks)
     for sequence in sequences:
         if sequence.n_cells >= shortest:
             outlet.export(sequence)
+    blanks.close()
     seconds = time.monotonic() - began
     return messages.Paused(tuple(outlet.states), seconds, tuple(outlet.refused))
 
@@ -47,12 +101,13 @@ class _Outlet:
     """An export under way."""
 
     def __init__(
-        self, context: Context, sequences: Sequence[CachedSequence], limit_bytes: int
+        self, context: Context, sequences: Sequence[CachedSequence], blanks: Blanks
     ) -> None:
         self.states: list[messages.ExportedState] = []
         self.refused: list[str] = []
         self._context = context
-        self._left_bytes = limit_bytes
+        self._blanks = blanks
+        self._left_bytes = blanks.limit_bytes
         self._done: set[CachedSequence] = set()
         taken = {sequence.slot for sequence in sequences}
         self._free_slot = next(
@@ -62,7 +117,7 @@ class _Outlet:
     def export(self, sequence: CachedSequence) -> None:
         """Export one sequence, and free its slot."""
         context = self._context
-        if n_shared(sequence, self._done) > _MOST_SHARED * sequence.n_cells:
+        if not _worth_a_file(sequence, self._done):
             self.refused.append("shares its cells with a carried one")
             return
         if context.state_bytes(sequence.slot) > self._left_bytes:
@@ -72,7 +127,12 @@ class _Outlet:
         try:
             # An unproven state is not imported, so every one takes its canary along.
             state = export_sequence(
-                context, slot, _with_pending(sequence), salt=sequence.salt, canary=True
+                context,
+                slot,
+                _with_pending(sequence),
+                salt=sequence.salt,
+                canary=True,
+                blank=self._blanks.take(sequence),
             )
         except (CannotCarry, CacheFull, DecodeError, OSError) as error:
             self.refused.append(str(error) or repr(error))
@@ -93,6 +153,10 @@ class _Outlet:
         self._context.copy_slot(slot, self._free_slot, sequence.n_cells)
         self._context.clear_slot(slot)
         return self._free_slot
+
+
+def _worth_a_file(sequence: CachedSequence, exported: set[CachedSequence]) -> bool:
+    return n_shared(sequence, exported) <= _MOST_SHARED * sequence.n_cells
 
 
 def _with_pending(sequence: CachedSequence) -> Tokens:

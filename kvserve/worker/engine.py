@@ -20,13 +20,12 @@ from kvserve.ipc.messages import (
     Generate,
     NeedsContext,
     Pause,
-    Paused,
     Started,
     Step,
     TokenLogprobs,
     ToWorker,
 )
-from kvserve.worker.carrying import Incoming, export, log_refusals
+from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraint
@@ -97,6 +96,7 @@ class Engine:
         self._jobs: dict[int, _Job] = {}
         self._preparing: set[int] = set()
         self._paused = False
+        self._blanks: Blanks | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -122,12 +122,17 @@ class Engine:
         self._preparer.start()
         while True:
             self._take_messages()
-            self._step()
+            blanks = self._blanks
+            if blanks is not None and (blanks.ready or not self._scheduler.has_work):
+                self._pause(blanks)
+            else:
+                self._step()
 
     def _take_messages(self) -> None:
         try:
             while True:
-                idle = self._paused or not self._scheduler.has_work
+                pausing = self._blanks is not None
+                idle = self._paused or not (pausing or self._scheduler.has_work)
                 self._handle(self._inbox.get(block=idle))
         except queue.Empty:
             return
@@ -149,20 +154,19 @@ class Engine:
                 self._preparing.discard(request)
                 self._forget(request)
             case Pause(export_bytes=limit_bytes):
-                self._paused = True
-                self._channel.send(self._export(limit_bytes))
+                sequences = self._scheduler.sequences if limit_bytes else ()
+                self._blanks = Blanks(self._context, sequences, limit_bytes)
             case Prepared() | Refused():
                 pass
             case _:
                 print(f"unexpected message: {message!r}", file=sys.stderr, flush=True)
 
-    def _export(self, limit_bytes: int) -> Paused:
-        if limit_bytes <= 0:
-            return Paused()
+    def _pause(self, blanks: Blanks) -> None:
+        self._paused, self._blanks = True, None
         self._cache.make_room(1)  # for the canaries
         self._change_memory(self._cache.take_operations())
-        sequences = self._scheduler.sequences
-        return export(self._context, sequences, limit_bytes, self._cache.shortest)
+        sequences = self._scheduler.sequences if blanks.limit_bytes else ()
+        self._channel.send(export(self._context, sequences, blanks, self._cache.shortest))
 
     def _admit(self, prepared: Prepared) -> None:
         job = _Job(

@@ -1,4 +1,4 @@
-"""A worker's life from `Hello` to the engine's loop."""
+"""A worker's life from its start to the engine's loop."""
 
 import os
 import sys
@@ -26,12 +26,13 @@ class _LoadedModel:
 
 
 def serve(channel: WorkerChannel, inbox: Inbox) -> int:
-    """Greet, load, serve. Returns only where the model could not be loaded, with the exit status;
-    otherwise the reader thread ends the process."""
+    """Wait for the load, greet, load, serve. Returns only where the model could not be loaded,
+    with the exit status; otherwise the reader thread ends the process."""
+    load = _wait_for_load(inbox)
     log = LoadLog()
+    # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
-    load = _wait_for_load(inbox)
     begun = time.monotonic()
     incoming = _incoming(load)
     try:

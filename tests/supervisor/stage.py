@@ -149,6 +149,8 @@ class Stage:
     def __init__(self, first: Plan | None = None, **policy: Any) -> None:
         self.now = 1000.0
         self.workers: list[FakeWorker] = []
+        self.ahead: list[Launch] = []
+        self.closed = False
         self.planner = FakePlanner()
         self.spawn_error: WorkerFailed | None = None
         self.supervisor = Supervisor(
@@ -167,6 +169,12 @@ class Stage:
         worker = FakeWorker(launch, pid=100 + len(self.workers))
         self.workers.append(worker)
         return worker
+
+    async def spawn_ahead(self, launch: Launch) -> None:
+        self.ahead.append(launch)
+
+    async def close(self) -> None:
+        self.closed = True
 
     @property
     def worker(self) -> FakeWorker:

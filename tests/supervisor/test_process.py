@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from kvserve.core.lifecycle import Phase
+from kvserve.core.machine import Backend
 from kvserve.errors import KvserveError, WorkerFailed
-from kvserve.ipc.messages import Sampling, TextPrompt
+from kvserve.ipc.messages import Hello, Sampling, TextPrompt
 from kvserve.supervisor.admission import Done, GenerationSpec, Text
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
@@ -197,5 +198,50 @@ def test_a_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
         spawner = ProcessSpawner(tmp_path / "log", ("/nowhere/worker",))
         with pytest.raises(WorkerFailed, match="could be started"):
             await spawner.spawn(plan_for(8192).chosen.launch)
+
+    play(story)
+
+
+def test_a_worker_started_ahead_is_the_next_one_and_none_is_left_behind(tmp_path: Path) -> None:
+    argv = (sys.executable, "-m", "kvserve.worker.fake", "--script", "{}")
+    cpu = plan_for(8192).chosen.launch
+    gpu = replace(cpu, backend=Backend.CUDA)
+    cpu = replace(cpu, backend=Backend.CPU)
+
+    async def story() -> None:
+        spawner = ProcessSpawner(tmp_path / "log", argv)
+        await spawner.spawn_ahead(cpu)
+        await spawner.spawn_ahead(cpu)
+        worker = await spawner.spawn(cpu)
+        other = await spawner.spawn(cpu)
+        assert worker.pid != other.pid
+        await spawner.spawn_ahead(cpu)
+        elsewhere = await spawner.spawn(gpu)
+        await spawner.close()
+        for one in (worker, other, elsewhere):
+            one.kill()
+            await one.wait()
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # noqa: ASYNC222 - it does not block
+
+    play(story)
+
+
+def test_a_worker_that_died_ahead_is_replaced(tmp_path: Path) -> None:
+    script = {"die_at": "hello", "die_once_file": str(tmp_path / "died")}
+    argv = (sys.executable, "-m", "kvserve.worker.fake", "--script", json.dumps(script))
+    launch = plan_for(8192).chosen.launch
+
+    async def story() -> None:
+        spawner = ProcessSpawner(tmp_path / "log", argv)
+        await spawner.spawn_ahead(launch)
+        async with asyncio.timeout(20):
+            while not (tmp_path / "died").exists():  # noqa: ASYNC110 - another process makes it
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        worker = await spawner.spawn(launch)
+        assert isinstance(await worker.receive(), Hello)
+        worker.kill()
+        await worker.wait()
 
     play(story)

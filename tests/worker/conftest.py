@@ -94,8 +94,8 @@ class Peer:
         return message
 
     def load(self, load: Load) -> Loaded | LoadFailed:
-        self.until(Hello)
         self.send(load)
+        self.until(Hello)
         while isinstance(message := self.receive(), Progress):
             pass
         assert isinstance(message, Loaded | LoadFailed)

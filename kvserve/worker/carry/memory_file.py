@@ -7,11 +7,13 @@ to cut it, whoever else has it open, which no checksum could promise. A file who
 not sealed.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -32,6 +34,9 @@ HEADER_BYTES = 4096
 LONGEST_SALT = 512
 """In characters: encoded, they still fit the header."""
 
+_MADV_POPULATE_WRITE = 23
+"""linux/mman.h; Python's mmap does not name it."""
+_PIECE_BYTES = 2**25
 _MAGIC = b"kvserve1"
 _LENGTH = struct.Struct("<I")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -156,17 +161,37 @@ class ExportedState:
         return np.frombuffer(mapped, dtype=np.uint8)
 
 
-def write_state(
-    contents: Contents, tokens: Tokens, fill: Callable[[Bytes], LogProbs | None]
-) -> ExportedState:
-    """Create a memory file, have `fill` write llama.cpp's part into it, and seal it.
+def blank_file(n_bytes: int) -> int:
+    """A memory file of that size whose pages are there already; returns its descriptor.
 
-    `fill` gets the bytes to write, keeps no view of them, and returns what is expected after the
-    last token, of `contents.n_vocab` values or None. What it raises passes through, and the file
-    is gone. Raises OSError where the kernel gives no memory.
+    The kernel zeroes pages at 1 to 5 GB/s: whoever makes the file ahead does not wait for it.
+    Raises OSError where the kernel gives no memory.
+    """
+    fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, n_bytes)
+        _populate(np.frombuffer(mmap.mmap(fd, n_bytes), dtype=np.uint8))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write_state(
+    contents: Contents,
+    tokens: Tokens,
+    fill: Callable[[Bytes], LogProbs | None],
+    blank: int | None = None,
+) -> ExportedState:
+    """Have `fill` write llama.cpp's part into a memory file, and seal it.
+
+    `blank` is a file of `blank_file` to take over, of any size; else one is made. `fill` gets the
+    bytes to write, keeps no view of them, and returns what is expected after the last token, of
+    `contents.n_vocab` values or None. What it raises passes through, and the file is gone. Raises
+    OSError where the kernel gives no memory.
     """
     assert len(tokens) == contents.n_tokens
-    fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = blank_file(contents.file_bytes) if blank is None else blank
     try:
         os.ftruncate(fd, contents.file_bytes)
         _fill(fd, contents, tokens, fill)
@@ -190,6 +215,21 @@ def _fill(
     file[begin:end].view(np.int32)[:] = tokens
     if expected is not None:
         file[end:].view(np.float32)[:] = expected
+
+
+def _populate(file: Bytes) -> None:
+    """Have the kernel give all pages now, on all cores: one at a time, as they are written, zeroing
+    them costs more than llama.cpp's copy. Kernels before 5.14 refuse, and give them then."""
+    n_pieces = min(len(os.sched_getaffinity(0)), len(file) // _PIECE_BYTES)
+    if n_pieces < 2:
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    size = -(-len(file) // n_pieces // mmap.PAGESIZE) * mmap.PAGESIZE
+    with ThreadPoolExecutor(n_pieces, "populate") as pool:
+        for begin in range(0, len(file), size):
+            length = min(size, len(file) - begin)
+            pool.submit(madvise, file.ctypes.data + begin, length, _MADV_POPULATE_WRITE)
 
 
 def _read_contents(fd: int) -> Contents:

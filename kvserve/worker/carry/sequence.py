@@ -19,9 +19,15 @@ from kvserve.worker.llama import VERSION, CacheFull, Context, DecodeError
 
 
 def export_sequence(
-    context: Context, slot: int, tokens: Tokens, *, salt: str = "", canary: bool = False
+    context: Context,
+    slot: int,
+    tokens: Tokens,
+    *,
+    salt: str = "",
+    canary: bool = False,
+    blank: int | None = None,
 ) -> ExportedState:
-    """Copy a sequence into a memory file.
+    """Copy a sequence into a memory file, into `blank` where one was made ahead (`blank_file`).
 
     `tokens` are all that the sequence is made of: those in the cache, and maybe one that was drawn
     and is decoded next. With `canary` that one is decoded now, after the copy, so that the import
@@ -58,7 +64,7 @@ def export_sequence(
     contents = Contents(
         _origin(context), layout, gap + n_bytes, n_cached, len(tokens), n_vocab, salt
     )
-    return write_state(contents, tokens, fill)
+    return write_state(contents, tokens, fill, blank)
 
 
 def import_sequence(context: Context, slot: int, state: ExportedState) -> None:
