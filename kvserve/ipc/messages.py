@@ -143,7 +143,18 @@ class Shutdown(Message, frozen=True):
     """Exit with status 0."""
 
 
-ToWorker = Load | Generate | Cancel | Pause | Shutdown
+class Transcode(Message, frozen=True):
+    """Before `Load`: begin to rewrite the sequences of the files `carried` for these KV types.
+
+    The `Load` that follows repeats the files; where its types are others, this was in vain.
+    """
+
+    carried: tuple[str, ...]
+    type_k: str
+    type_v: str
+
+
+ToWorker = Load | Transcode | Generate | Cancel | Pause | Shutdown
 
 
 class Hello(Message, frozen=True):

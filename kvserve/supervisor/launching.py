@@ -6,7 +6,7 @@ from typing import Protocol
 
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.plan import Launch, Plan
-from kvserve.ipc.messages import Load, Loaded
+from kvserve.ipc.messages import Load, Loaded, ToWorker
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
 
@@ -20,6 +20,10 @@ class Spawner(Protocol):
 
     async def spawn_ahead(self, launch: Launch) -> None:
         """Prepare for a `spawn` that comes soon. Never raises."""
+        ...
+
+    def tell_ahead(self, message: ToWorker) -> None:
+        """Send a frame to what `spawn_ahead` prepared, if it did."""
         ...
 
     async def close(self) -> None:

@@ -29,6 +29,7 @@ from kvserve.ipc.messages import (
     Shutdown,
     Started,
     Step,
+    Transcode,
 )
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
@@ -554,6 +555,9 @@ class Supervisor:
         state.worker.send(Shutdown())
         kill_at = self._clock() + LEAVE_SECONDS
         following = replace(state.following, carried=carried)
+        if carried.paths:
+            pair = following.plan.chosen.launch.pair
+            self._spawner.tell_ahead(Transcode(carried.paths, pair.k, pair.v))
         self._move(Event.DRAINED, Leaving(state.worker, following, kill_at=kill_at))
 
     def _finish(self, change: Change, result: Plan | KvserveError) -> None:

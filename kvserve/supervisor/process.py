@@ -106,6 +106,11 @@ class ProcessSpawner:
                 with contextlib.suppress(WorkerFailed):
                     self._ahead = environment, await self._start(environment)
 
+    def tell_ahead(self, message: ToWorker) -> None:
+        """Send a frame to the process that is ready for the next `spawn`, if there is one."""
+        if self._ahead is not None:
+            self._ahead[1].send(message)
+
     async def spawn(self, launch: Launch) -> Worker:
         """Start a worker for a launch. Raises WorkerFailed where the system refuses."""
         environment = worker_environment(launch)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.ipc.channel import WorkerChannel
-from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress
+from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress, Transcode
 from kvserve.worker import llama
 from kvserve.worker.carrying import Incoming
 from kvserve.worker.chat import ChatRenderer
@@ -28,13 +28,12 @@ class _LoadedModel:
 def serve(channel: WorkerChannel, inbox: Inbox) -> int:
     """Wait for the load, greet, load, serve. Returns only where the model could not be loaded,
     with the exit status; otherwise the reader thread ends the process."""
-    load = _wait_for_load(inbox)
+    load, incoming = _wait_for_load(inbox)
     log = LoadLog()
     # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
     begun = time.monotonic()
-    incoming = _incoming(load)
     try:
         model = _load(load, log, channel)
     except llama.LoadError as error:
@@ -59,19 +58,26 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
     return 0
 
 
-def _incoming(load: Load) -> Incoming | None:
-    if not load.carried:
+def _incoming(message: Load | Transcode) -> Incoming | None:
+    if not message.carried:
         return None
-    pair = CachePair(KvType(load.type_k), KvType(load.type_v))
-    return Incoming(load.carried, pair, len(os.sched_getaffinity(0)))
+    pair = CachePair(KvType(message.type_k), KvType(message.type_v))
+    return Incoming(message.carried, pair, len(os.sched_getaffinity(0)))
 
 
-def _wait_for_load(inbox: Inbox) -> Load:
+def _wait_for_load(inbox: Inbox) -> tuple[Load, Incoming | None]:
+    begun: Transcode | None = None
+    incoming: Incoming | None = None
     while True:
         message = inbox.get()
-        if isinstance(message, Load):
-            return message
-        print(f"unexpected before Load: {message!r}", file=sys.stderr, flush=True)
+        if isinstance(message, Transcode):
+            begun, incoming = message, _incoming(message)
+        elif isinstance(message, Load):
+            if begun != Transcode(message.carried, message.type_k, message.type_v):
+                incoming = _incoming(message)
+            return message, incoming
+        else:
+            print(f"unexpected before Load: {message!r}", file=sys.stderr, flush=True)
 
 
 def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:

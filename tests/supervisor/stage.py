@@ -150,6 +150,7 @@ class Stage:
         self.now = 1000.0
         self.workers: list[FakeWorker] = []
         self.ahead: list[Launch] = []
+        self.told_ahead: list[ToWorker] = []
         self.closed = False
         self.planner = FakePlanner()
         self.spawn_error: WorkerFailed | None = None
@@ -172,6 +173,9 @@ class Stage:
 
     async def spawn_ahead(self, launch: Launch) -> None:
         self.ahead.append(launch)
+
+    def tell_ahead(self, message: ToWorker) -> None:
+        self.told_ahead.append(message)
 
     async def close(self) -> None:
         self.closed = True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvserve.ipc.messages import Load, Loaded, Pause, Paused, TokenPrompt
+from kvserve.ipc.messages import Load, Loaded, Pause, Paused, TokenPrompt, Transcode
 from tests.worker.conftest import Answer, Peer, Workers
 from tests.worker.test_reuse import some_tokens
 
@@ -145,6 +145,23 @@ def test_finished_conversations_come_along_with_their_salt(house: House) -> None
     assert other.end.n_cached_tokens == 0
     mine = second.finish(ask(second, longer, cache_salt="mine"))[0]
     assert mine.end.n_cached_tokens == 109
+
+
+@pytest.mark.parametrize("guess", ["q8_0", "f16"])
+def test_transcoding_may_begin_before_the_load(house: House, guess: str) -> None:
+    first, _ = house.start("f16")
+    prompt = some_tokens(80, seed=4)
+    first.finish(ask(first, prompt))
+    _, paths = house.pause(first)
+    peer = house.workers.start()
+    peer.send(Transcode(paths, guess, guess))
+    load = house.load_message(
+        model_path=str(house.path), type_k="q8_0", type_v="q8_0", carried=paths
+    )
+    loaded = peer.load(load)
+    assert isinstance(loaded, Loaded)
+    assert loaded.carried is not None
+    assert (loaded.carried.n_sequences, loaded.carried.refused) == (1, ())
 
 
 def test_what_is_over_the_limit_stays_behind_and_is_prefilled(house: House) -> None:
