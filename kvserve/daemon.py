@@ -145,6 +145,7 @@ def _uvicorn_config(
                 {prepared.model.path.stem, prepared.model.path.name, settings.model or ""}
             ),
             api_keys=settings.api_keys,
+            admin_keys=settings.admin_keys,
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
         ),

@@ -51,6 +51,7 @@ def plan(*, config: flags.Config = None, as_json: flags.Json = False, **given: o
     "port",
     "threads",
     "api_key",
+    "admin_key",
     "insecure",
     "batch",
     "ubatch",
