@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import structlog
 import uvicorn
 
+from kvserve import __version__
 from kvserve.api.app import create_app
 from kvserve.api.config import ApiConfig
+from kvserve.core.lifecycle import Phase
 from kvserve.device.host import process_started_at
 from kvserve.errors import UsageError
 from kvserve.instance import Instance, InstancePaths, remove_instance, write_instance
+from kvserve.metrics import Metrics
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
 from kvserve.supervisor.preparing import Prepared
@@ -86,10 +89,15 @@ async def serve(
         step_timeout=settings.step_timeout,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
     )
+    metrics = Metrics(__version__, tuple(Phase))
     supervisor = Supervisor(
-        prepared.plan, policy, ProcessSpawner(listening.paths.worker_log), prepared.planner
+        prepared.plan,
+        policy,
+        ProcessSpawner(listening.paths.worker_log),
+        prepared.planner,
+        observer=metrics,
     )
-    server = _Server(_uvicorn_config(prepared, listening, supervisor))
+    server = _Server(_uvicorn_config(prepared, listening, supervisor, metrics))
     running = asyncio.create_task(supervisor.run())
     serving = asyncio.create_task(server.serve(sockets=[listening.sock]))
     with _signals(supervisor):
@@ -133,7 +141,7 @@ class _Server(uvicorn.Server):
 
 
 def _uvicorn_config(
-    prepared: Prepared, listening: Listening, supervisor: Supervisor
+    prepared: Prepared, listening: Listening, supervisor: Supervisor, metrics: Metrics
 ) -> uvicorn.Config:
     settings = prepared.settings
     app = create_app(
@@ -149,6 +157,7 @@ def _uvicorn_config(
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
         ),
+        metrics,
     )
     return uvicorn.Config(
         app,

@@ -104,7 +104,9 @@ class Ticket:
 @dataclass(slots=True)
 class Job:
     """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
-    is the context that it cannot do without, as far as is known."""
+    is the context that it cannot do without, as far as is known; `token_at` when its last token
+    came, in the clock's seconds; `n_interrupted` how many tokens it had when a worker that had
+    begun it was replaced."""
 
     id: int
     spec: GenerationSpec
@@ -115,6 +117,13 @@ class Job:
     needs_ctx: int = 0
     n_crashes: int = 0
     announced: bool = False
+    token_at: float | None = None
+    n_interrupted: int | None = None
+
+    def note_interruption(self) -> None:
+        """The worker that had it is being replaced."""
+        if self.announced:
+            self.n_interrupted = len(self.tokens)
 
     def to_message(self) -> Generate:
         """The frame that starts, or goes on with, this request."""
