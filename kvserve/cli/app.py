@@ -185,6 +185,34 @@ def bench(
     )
 
 
+service = typer.Typer(help="Start with the machine, by systemd.", no_args_is_help=True)
+app.add_typer(service, name="service")
+User = Annotated[bool, typer.Option("--user", help="For your own session, without root.")]
+
+
+@service.command()
+@explained
+def install(
+    *,
+    config: flags.Config = None,
+    user: User = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the unit, write nothing.")] = False,
+) -> None:
+    """Write a unit that starts the daemon with the settings of --config."""
+    from kvserve.cli.services import install  # noqa: PLC0415
+
+    install(config, user=user, show=show)
+
+
+@service.command()
+@explained
+def uninstall(*, user: User = False) -> None:
+    """End the service and take its unit away."""
+    from kvserve.cli.services import uninstall  # noqa: PLC0415
+
+    uninstall(user=user)
+
+
 def main() -> None:
     """The console script."""
     app()
