@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import structlog
 import uvicorn
 
+from kvserve import __version__
 from kvserve.api.app import create_app
 from kvserve.api.config import ApiConfig
+from kvserve.core.lifecycle import Phase
 from kvserve.device.host import process_started_at
 from kvserve.errors import UsageError
+from kvserve.heartbeat import beating
 from kvserve.instance import Instance, InstancePaths, remove_instance, write_instance
+from kvserve.metrics import Metrics
+from kvserve.notify import Notifier
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
 from kvserve.supervisor.preparing import Prepared
@@ -87,27 +92,37 @@ async def serve(
         carry_bytes=settings.carry_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
     )
+    metrics = Metrics(__version__, tuple(Phase))
+    notifier = Notifier.from_environment(os.environ)
     supervisor = Supervisor(
-        prepared.plan, policy, ProcessSpawner(listening.paths.worker_log), prepared.planner
+        prepared.plan,
+        policy,
+        ProcessSpawner(listening.paths.worker_log),
+        prepared.planner,
+        observer=metrics,
     )
-    server = _Server(_uvicorn_config(prepared, listening, supervisor))
+    server = _Server(_uvicorn_config(prepared, listening, supervisor, metrics))
     running = asyncio.create_task(supervisor.run())
     serving = asyncio.create_task(server.serve(sockets=[listening.sock]))
-    with _signals(supervisor):
+    with _signals(supervisor, notifier):
         try:
-            async with _reporting(supervisor, on_progress):
-                await asyncio.wait(
-                    {supervisor.first_ready, running}, return_when=asyncio.FIRST_COMPLETED
-                )
-            if supervisor.first_ready.done():
-                supervisor.first_ready.result()  # raises what the first load failed with
-                on_ready(supervisor.status())
-                await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+            async with beating(supervisor, notifier) as heart:
+                async with _reporting(supervisor, on_progress):
+                    await asyncio.wait(
+                        {supervisor.first_ready, running}, return_when=asyncio.FIRST_COMPLETED
+                    )
+                if supervisor.first_ready.done():
+                    supervisor.first_ready.result()  # raises what the first load failed with
+                    on_ready(supervisor.status())
+                    heart.beat()
+                    await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            notifier.stopping()
             await supervisor.stop()
             server.should_exit = True
             await serving
             await running
+            notifier.close()
 
 
 def run(
@@ -134,7 +149,7 @@ class _Server(uvicorn.Server):
 
 
 def _uvicorn_config(
-    prepared: Prepared, listening: Listening, supervisor: Supervisor
+    prepared: Prepared, listening: Listening, supervisor: Supervisor, metrics: Metrics
 ) -> uvicorn.Config:
     settings = prepared.settings
     app = create_app(
@@ -146,9 +161,11 @@ def _uvicorn_config(
                 {prepared.model.path.stem, prepared.model.path.name, settings.model or ""}
             ),
             api_keys=settings.api_keys,
+            admin_keys=settings.admin_keys,
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
         ),
+        metrics,
     )
     return uvicorn.Config(
         app,
@@ -171,12 +188,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 @contextlib.contextmanager
-def _signals(supervisor: Supervisor) -> Iterator[None]:
+def _signals(supervisor: Supervisor, notifier: Notifier) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGHUP end the supervisor; a second one does not hurry it."""
     loop = asyncio.get_running_loop()
     stopping: set[asyncio.Task[None]] = set()
 
     def stop() -> None:
+        notifier.stopping()
         task = loop.create_task(supervisor.stop())
         stopping.add(task)
         task.add_done_callback(stopping.discard)

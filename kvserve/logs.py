@@ -4,14 +4,16 @@ Configured once for each process with `configure_logs`. Modules log through
 `structlog.get_logger()`; records of the standard library, uvicorn's too, take the same way.
 """
 
+import io
 import json
 import logging
 import logging.handlers
+import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -21,7 +23,16 @@ from kvserve.errors import UsageError
 _N_OLD_FILES = 3
 _MASK = "[hidden]"
 _SECRET_FIELDS = frozenset(
-    {"api_key", "api_keys", "authorization", "cookie", "password", "proxy_authorization", "secret"}
+    {
+        "admin_key",
+        "api_key",
+        "api_keys",
+        "authorization",
+        "cookie",
+        "password",
+        "proxy_authorization",
+        "secret",
+    }
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',;]+")
 _UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
@@ -81,6 +92,14 @@ def configure_logs(
     )
 
 
+def open_private(path: Path) -> BinaryIO:
+    """Open a file to append to that its owner alone may read, whatever the umask; one that was
+    open to others is closed to them."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return os.fdopen(descriptor, "ab")
+
+
 def close_logs() -> None:
     """Take back what `configure_logs` set, and close the file."""
     root = logging.getLogger()
@@ -95,6 +114,13 @@ class _Pass(logging.Filter):
 
 
 _OURS = _Pass()
+
+
+class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
+    """Each file that it begins is its owner's alone."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(open_private(Path(self.baseFilename)), encoding=self.encoding)
 
 
 class _Redacting(logging.Formatter):
@@ -162,8 +188,7 @@ def _console(colors: bool) -> logging.Formatter:
 def _open_file(path: Path, file_bytes: int) -> logging.Handler:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        return logging.handlers.RotatingFileHandler(
+        return _PrivateFileHandler(
             path, maxBytes=file_bytes, backupCount=_N_OLD_FILES, encoding="utf-8"
         )
     except OSError as error:

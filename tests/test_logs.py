@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 import stat
 
 import pytest
@@ -107,6 +108,21 @@ def test_the_file_is_the_users_alone(configure, tmp_path):
     configure()
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "state" / "log").stat().st_mode) == 0o600
+
+
+def test_every_file_is_the_users_alone_whatever_the_umask(configure, tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "log").touch(mode=0o644)
+    before = os.umask(0)
+    try:
+        configure(file_bytes=300)
+        for _ in range(10):
+            structlog.get_logger().info("x" * 200)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "state").iterdir()}
+    assert modes == {0o600}
+    assert len(list((tmp_path / "state").iterdir())) == 4
 
 
 def test_no_state_directory_no_file(configure, tmp_path):

@@ -254,10 +254,20 @@ def test_an_empty_variable_is_unset(load):
 
 
 def test_api_keys_from_all_sources(load, write):
-    assert load(environ={"KVSERVE_API_KEY": "a, b"}).api_keys == ("a", "b")
-    assert load({"api_key": ["a", "b,c"]}).api_keys == ("a", "b", "c")
-    path = write("api_key = ['x', 'y']")
-    assert load_settings({}, config=path, environ={}).api_keys == ("x", "y")
+    one, two, three = "a-secret-1", "a-secret-2", "a-secret-3"
+    assert load(environ={"KVSERVE_API_KEY": f"{one}, {two}"}).api_keys == (one, two)
+    assert load({"api_key": [one, f"{two},{three}"]}).api_keys == (one, two, three)
+    path = write(f"api_key = ['{one}', '{two}']\nadmin_key = '{three}'")
+    settings = load_settings({}, config=path, environ={})
+    assert (settings.api_keys, settings.admin_keys) == ((one, two), (three,))
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+@pytest.mark.parametrize("value", ["k", "1234567", ["long-enough", "short"], "long-enough,short"])
+def test_a_short_key_is_refused(nowhere, name, value):
+    message = refusal({name: value}, default_config=nowhere)
+    assert message.startswith(f"--{name.replace('_', '-')}: a key must have 8 characters")
+    assert "short" not in message
 
 
 @pytest.mark.parametrize(
@@ -270,7 +280,7 @@ def test_no_line_repeats_a_key(nowhere, value):
 
 
 def test_keys_are_not_in_the_text_of_the_settings(load):
-    settings = load({"api_key": "topsecret"})
+    settings = load({"api_key": "topsecret", "admin_key": "topsecret"})
     assert "topsecret" not in f"{settings!r} {settings} {settings.model_dump_json()}"
 
 
@@ -289,10 +299,12 @@ def test_keys_are_not_in_the_text_of_the_settings(load):
 )
 def test_an_open_address_needs_a_key(load, host, exposed):
     assert load({"host": host}).exposed is exposed
-    load({"host": host, "api_key": "k"}).check_exposure()
+    load({"host": host, "api_key": "12345678"}).check_exposure()
     load({"host": host, "insecure": True}).check_exposure()
     if exposed:
-        with pytest.raises(UsageError, match="add --api-key KEY, or --insecure"):
+        with pytest.raises(
+            UsageError, match="set KVSERVE_API_KEY or --api-key KEY, or add --insecure"
+        ):
             load({"host": host}).check_exposure()
     else:
         load({"host": host}).check_exposure()

@@ -11,11 +11,16 @@ from kvserve.api.config import ApiConfig
 from kvserve.api.errors import install_error_handlers
 from kvserve.api.openai import openai_router
 from kvserve.api.request_id import RequestIdMiddleware
+from kvserve.api.scraping import metrics_router
+from kvserve.metrics import Metrics
 from kvserve.supervisor.service import Service
 
 
-def create_app(service: Service, config: ApiConfig) -> FastAPI:
-    """The app that serves `service`. It must run in the event loop that the service lives in."""
+def create_app(service: Service, config: ApiConfig, metrics: Metrics | None = None) -> FastAPI:
+    """The app that serves `service`, and `metrics` where they are kept.
+
+    It must run in the event loop that the service lives in.
+    """
     app = FastAPI(
         title="kvserve",
         version=__version__,
@@ -34,4 +39,6 @@ def create_app(service: Service, config: ApiConfig) -> FastAPI:
     app.include_router(openai_router(service, config))
     app.include_router(admin_router(service, config))
     app.include_router(health_router(service, config))
+    if metrics is not None:
+        app.include_router(metrics_router(service, config, metrics))
     return app

@@ -1,9 +1,10 @@
 """Who may ask: API keys, and protection from web pages for a server on a loopback address.
 
-With API keys, everything but `/health*` needs one as `Authorization: Bearer KEY`; `/admin/*` also
-takes the admin token. On a loopback address the `Host` header must name that address (a page whose
-DNS name was rebound to 127.0.0.1 sends its own name), and a request that changes something must
-not come from a page of another site (`Origin`).
+With API keys, everything but `/health*` needs one as `Authorization: Bearer KEY`. `/admin/*` takes
+the admin keys and the admin token; the API keys too where there is no admin key, and nothing at
+all on a loopback address without any key. `/metrics` takes every key. On a loopback address the
+`Host` header must name that address (a page whose DNS name was rebound to 127.0.0.1 sends its own
+name), and no request may come from a page of another site (`Origin`).
 """
 
 import hashlib
@@ -19,7 +20,6 @@ from kvserve.errors import Forbidden, KvserveError, Unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class AccessMiddleware:
@@ -28,39 +28,42 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, config: ApiConfig) -> None:
         self._app = app
         self._local_only = config.local_only
-        self._keys = tuple(_digest(key.encode()) for key in config.api_keys)
-        self._admin_keys = self._keys
+        self._keys = _digests(config.api_keys)
+        self._admin_keys = _digests(config.admin_keys) or self._keys
+        self._admin_is_open = config.local_only and not self._admin_keys
         if config.admin_token:
-            self._admin_keys += (_digest(config.admin_token.encode()),)
+            self._admin_keys += _digests((config.admin_token,))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
         if scope["type"] == "http":
-            error = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
+            error = self._refusal(scope["path"], Headers(scope=scope))
             if error is not None:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> KvserveError | None:
+    def _refusal(self, path: str, headers: Headers) -> KvserveError | None:
         if self._local_only:
-            error = _from_elsewhere(method, headers)
+            error = _from_elsewhere(headers)
             if error is not None:
                 return error
-        if not self._keys or path in OPEN_PATHS:
+        if path in OPEN_PATHS:
             return None
-        accepted = self._admin_keys if path.startswith("/admin/") else self._keys
-        return _wrong_key(headers, accepted)
+        if path == "/admin" or path.startswith("/admin/"):
+            return None if self._admin_is_open else _wrong_key(headers, self._admin_keys)
+        if not self._keys:
+            return None
+        return _wrong_key(headers, self._keys + (self._admin_keys if path == "/metrics" else ()))
 
 
-def _from_elsewhere(method: str, headers: Headers) -> Forbidden | None:
+def _from_elsewhere(headers: Headers) -> Forbidden | None:
     hosts = headers.getlist("host")
     if len(hosts) != 1 or _host_name(f"//{hosts[0]}") not in _LOCAL_NAMES:
         return Forbidden("this server answers to the names localhost, 127.0.0.1 and [::1] only")
-    if method not in _SAFE_METHODS:
-        for origin in headers.getlist("origin"):
-            if _host_name(origin) not in _LOCAL_NAMES:
-                return Forbidden("a page of another site may not call this server")
+    for origin in headers.getlist("origin"):
+        if _host_name(origin) not in _LOCAL_NAMES:
+            return Forbidden("a page of another site may not call this server")
     return None
 
 
@@ -76,6 +79,10 @@ def _wrong_key(headers: Headers, accepted: tuple[bytes, ...]) -> Unauthorized | 
     offered = _digest(key.strip().encode("latin-1"))
     matches = [hmac.compare_digest(offered, digest) for digest in accepted]
     return None if any(matches) else Unauthorized("the API key is wrong")
+
+
+def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(_digest(key.encode()) for key in keys)
 
 
 def _digest(key: bytes) -> bytes:

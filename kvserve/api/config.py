@@ -16,7 +16,8 @@ class ApiConfig:
 
     `aliases` are further names of the model (its file's stem); "default" is always one. Without
     `api_keys` everything is open, so the daemon allows that on a loopback address only.
-    `admin_token` opens `/admin/*` beside the keys, for the CLI on the same machine. `local_only`
+    `admin_keys` open `/admin/*` in place of the API keys. `admin_token` opens it too, for the CLI
+    on the same machine. `local_only`
     is for a server bound to a loopback address: requests that a web page could have sent are
     refused. `created` and `clock` are in seconds since the epoch.
     """
@@ -25,6 +26,7 @@ class ApiConfig:
     created: int
     aliases: frozenset[str] = frozenset()
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
     admin_token: str | None = None
     local_only: bool = True
     max_body_bytes: int = 64 * MIB

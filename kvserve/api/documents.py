@@ -53,7 +53,7 @@ def status_document(status: Status, *, model_id: str, ready: bool, now: float) -
             "failed": status.n_failed,
         },
         "kv_cells_used": status.n_cells_used,
-        "memory": None if plan is None else _memory_check(plan.chosen, status.measured),
+        "memory": None if plan is None else memory_check(plan.chosen, status.measured),
         "reloads": [_reload(record) for record in status.reloads],
         "plan": None if plan is None else plan_document(plan),
     }
@@ -184,9 +184,12 @@ def _memory(memory: Memory) -> Document:
     return {**asdict(memory), "total_bytes": memory.total_bytes}
 
 
-def _memory_check(chosen: Candidate, measured: Measured | None) -> Document:
-    """Each item predicted and measured. The engine reports its items for all devices together,
-    so the host's share is added to them; `device_bytes` is the deciding device alone."""
+def memory_check(chosen: Candidate, measured: Measured | None) -> Document:
+    """Each item in bytes, predicted and measured (None where not known).
+
+    The engine reports its items for all devices together, so the host's share is added to them;
+    `device_bytes` is the deciding device alone.
+    """
     items: Document = {}
     for name in _ENGINE_ITEMS:
         predicted = getattr(chosen.memory, name)

@@ -59,6 +59,7 @@ def plan(
     "port",
     "threads",
     "api_key",
+    "admin_key",
     "insecure",
     "batch",
     "ubatch",
@@ -138,6 +139,16 @@ def logs(
 
 @app.command()
 @explained
+@flags.takes_settings(*flags.SHARED, "host", "port")
+def doctor(*, config: flags.Config = None, as_json: flags.Json = False, **given: object) -> None:
+    """Look for what stands in the way, and say what to do; with --model, for that model too."""
+    from kvserve.cli.doctoring import doctor  # noqa: PLC0415
+
+    doctor(given, config, as_json=as_json)
+
+
+@app.command()
+@explained
 def bench(
     *,
     url: Annotated[
@@ -181,6 +192,34 @@ def bench(
             as_json=as_json,
         )
     )
+
+
+service = typer.Typer(help="Start with the machine, by systemd.", no_args_is_help=True)
+app.add_typer(service, name="service")
+User = Annotated[bool, typer.Option("--user", help="For your own session, without root.")]
+
+
+@service.command()
+@explained
+def install(
+    *,
+    config: flags.Config = None,
+    user: User = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the unit, write nothing.")] = False,
+) -> None:
+    """Write a unit that starts the daemon with the settings of --config."""
+    from kvserve.cli.services import install  # noqa: PLC0415
+
+    install(config, user=user, show=show)
+
+
+@service.command()
+@explained
+def uninstall(*, user: User = False) -> None:
+    """End the service and take its unit away."""
+    from kvserve.cli.services import uninstall  # noqa: PLC0415
+
+    uninstall(user=user)
 
 
 def main() -> None:

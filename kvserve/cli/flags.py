@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _SHORT = {"model": "-m", "ctx": "-c", "port": "-p"}
 _SWITCHES = frozenset({"insecure"})
-_REPEATED = frozenset({"api_key"})
+_REPEATED = frozenset({"api_key", "admin_key"})
 
 Command = Callable[..., None]
 

@@ -17,7 +17,7 @@ from kvserve.cli.tables import plan_text
 from kvserve.daemon import Listening, listen, run
 from kvserve.errors import KvserveError, WorkerFailed
 from kvserve.instance import InstancePaths, make_state_dir
-from kvserve.logs import configure_logs
+from kvserve.logs import configure_logs, open_private
 from kvserve.settings import Settings, environment_warnings, load_settings
 from kvserve.supervisor.preparing import Prepared, prepare
 from kvserve.supervisor.status import Status
@@ -139,7 +139,7 @@ def _start_here(settings: Settings, teller: Teller) -> None:
         level=settings.log_level,
         form=settings.log_format,
         file=listening.paths.log,
-        secrets=[*settings.api_keys, listening.instance.admin_token],
+        secrets=[*settings.api_keys, *settings.admin_keys, listening.instance.admin_token],
     )
     teller.say(plan_text(prepared.plan))
     teller.say("")
@@ -169,7 +169,7 @@ def _start_detached(settings: Settings) -> None:
     read_end, write_end = os.pipe()
     output = InstancePaths(settings.state_dir, settings.port).output
     arguments = [a for a in sys.argv[1:] if a != "--detach"]
-    with output.open("ab") as log:
+    with open_private(output) as log:
         child = subprocess.Popen(  # noqa: S603 - our own command line
             [sys.executable, "-m", "kvserve", *arguments, "--tell-fd", str(write_end)],
             stdin=subprocess.DEVNULL,

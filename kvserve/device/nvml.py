@@ -91,6 +91,18 @@ class Nvml:
         known = [p.usedGpuMemory for p in listed if p.pid == pid and p.usedGpuMemory is not None]
         return sum(known) if known else None
 
+    def processes(self, gpu_uuid: str) -> tuple[tuple[int, int | None], ...]:
+        """List the processes with a CUDA context on a GPU: pid, and bytes where the driver says.
+
+        The pids are the host's, also in a container.
+        """
+        with self._lock:
+            handle = self._handle(gpu_uuid)
+            if handle is None:
+                return ()
+            listed = self._try(self._nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
+        return tuple((process.pid, process.usedGpuMemory) for process in listed)
+
     def close(self) -> None:
         """End the session; the next call begins another."""
         with self._lock:
@@ -240,3 +252,8 @@ def used_bytes(gpu_uuid: str) -> int | None:
 def process_memory(gpu_uuid: str, pid: int) -> int | None:
     """See `Nvml.process_memory`."""
     return session().process_memory(gpu_uuid, pid)
+
+
+def processes(gpu_uuid: str) -> tuple[tuple[int, int | None], ...]:
+    """See `Nvml.processes`."""
+    return session().processes(gpu_uuid)

@@ -94,6 +94,11 @@ class Settings(BaseModel):
     api_key: values.Keys = Field(
         (), description="Keys that clients must send one of; several with commas, or a TOML list."
     )
+    admin_key: values.Keys = Field(
+        (),
+        description="Keys for `/admin/*`, which the API keys then no longer open; written as those "
+        "are.",
+    )
     insecure: values.Switch = Field(
         False, description="Allow an address that other machines reach without an API key."
     )
@@ -155,6 +160,11 @@ class Settings(BaseModel):
         return tuple(key.get_secret_value() for key in self.api_key)
 
     @property
+    def admin_keys(self) -> tuple[str, ...]:
+        """The admin keys in clear."""
+        return tuple(key.get_secret_value() for key in self.admin_key)
+
+    @property
     def exposed(self) -> bool:
         """Whether other machines can reach `host`; a name other than localhost counts as yes."""
         try:
@@ -167,7 +177,7 @@ class Settings(BaseModel):
         if self.exposed and not self.api_key and not self.insecure:
             raise UsageError(
                 f"--host {self.host} lets other machines in without a key: "
-                "add --api-key KEY, or --insecure if that is meant",
+                "set KVSERVE_API_KEY or --api-key KEY, or add --insecure if that is meant",
                 param="host",
             )
 

@@ -22,6 +22,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _KEY = re.compile(r"[!-~]+")
+_KEY_CHARACTERS = 8
 _WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off"), False),
@@ -114,7 +115,10 @@ def read_switch(value: object) -> bool:
 
 
 def read_keys(value: object) -> tuple[SecretStr, ...]:
-    """Read one or more API keys: a list, or a text with commas. No message repeats a key."""
+    """Read one or more keys of 8 characters or more: a list, or a text with commas.
+
+    No message repeats a key.
+    """
     if isinstance(value, SecretStr | str):
         value = [value]
     if not isinstance(value, list | tuple):
@@ -126,7 +130,13 @@ def read_keys(value: object) -> tuple[SecretStr, ...]:
             raise ValueError("an API key must be a text in quotes")
         parts = [part.strip() for part in text.split(",")]
         if not all(_KEY.fullmatch(part) for part in parts):
-            raise ValueError("an API key must be of visible ASCII characters, without spaces")
+            raise ValueError("a key must be of visible ASCII characters, without spaces")
+        # A shorter one is quickly guessed, and hiding it in logs would hide half of their words.
+        if any(len(part) < _KEY_CHARACTERS for part in parts):
+            raise ValueError(
+                f"a key must have {_KEY_CHARACTERS} characters or more: make one with "
+                "`openssl rand -hex 16`"
+            )
         keys.extend(SecretStr(part) for part in parts)
     return tuple(keys)
 

@@ -105,7 +105,9 @@ class Ticket:
 class Job:
     """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
     is the context that it cannot do without, as far as is known. One that is `settled` makes do
-    with the context there is: no larger one can be had for the rest of its answer."""
+    with the context there is: no larger one can be had for the rest of its answer. `token_at` is
+    when its last token came, in the clock's seconds; `n_interrupted` how many tokens it had when a
+    worker that had begun it was replaced."""
 
     id: int
     spec: GenerationSpec
@@ -117,6 +119,13 @@ class Job:
     n_crashes: int = 0
     announced: bool = False
     settled: bool = False
+    token_at: float | None = None
+    n_interrupted: int | None = None
+
+    def note_interruption(self) -> None:
+        """The worker that had it is being replaced."""
+        if self.announced:
+            self.n_interrupted = len(self.tokens)
 
     def to_message(self, *, may_grow: bool = False) -> Generate:
         """The frame that starts, or goes on with, this request."""

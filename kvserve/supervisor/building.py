@@ -32,14 +32,19 @@ def read_build(cache: Path, argv: Sequence[str] = PROBE_ARGV) -> Build:
         known = json.loads(cache.read_text())
         if known["libraries"] == mark:
             return _build(known["version"], known["system_info"])
-    answer = _ask(argv)
-    version, system_info = str(answer["version"]), str(answer["system_info"])
+    version, system_info = ask_build(argv)
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(
             json.dumps({"libraries": mark, "version": version, "system_info": system_info})
         )
     return _build(version, system_info)
+
+
+def ask_build(argv: Sequence[str] = PROBE_ARGV) -> tuple[str, str]:
+    """The version and llama.cpp's words about itself, asked now. Raises WorkerFailed."""
+    answer = _ask(argv)
+    return str(answer["version"]), str(answer["system_info"])
 
 
 def library_mark() -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from kvserve.ipc.messages import CarryReport
+from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Attempt
 from kvserve.supervisor.status import ReloadRecord
 
@@ -12,7 +13,8 @@ KEPT_RELOADS = 50
 class History:
     """Counts and records. `wall_clock` gives seconds since the epoch."""
 
-    def __init__(self, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, wall_clock: Callable[[], float], observer: Observer | None = None) -> None:
+        self._observer = observer or Unobserved()
         self._wall_clock = wall_clock
         self._spawned_at = wall_clock()
         self.started_at = wall_clock()
@@ -23,6 +25,11 @@ class History:
     def spawning(self) -> None:
         """A worker is about to be spawned."""
         self._spawned_at = self._wall_clock()
+
+    def worker_died(self, cause: str) -> None:
+        """A worker that served ended by itself."""
+        self.n_worker_deaths += 1
+        self._observer.worker_died(cause)
 
     def record(
         self,
@@ -48,4 +55,5 @@ class History:
             detail=detail or attempt.failure,
             carry=carry,
         )
+        self._observer.reloaded(record)
         self.reloads = (*self.reloads, record)[-KEPT_RELOADS:]

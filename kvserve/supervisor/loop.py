@@ -35,6 +35,7 @@ from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
+from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.recovery import (
     Failure,
     GiveUp,
@@ -98,7 +99,9 @@ class Supervisor:
         planner: Planner,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer or Unobserved()
         self._policy = policy
         self._spawner = spawner
         self._planner = planner
@@ -107,10 +110,11 @@ class Supervisor:
         self._events: asyncio.Queue[SupervisorEvent] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
-        self._requests = Requests(policy.queue_limit)
+        self._requests = Requests(policy.queue_limit, self._observer, clock)
+        self._phase_began_at = clock()
         self._state: State = Idle(Attempt(first, "start"), start_at=clock())
         self._measured: Measured | None = None
-        self._history = History(wall_clock)
+        self._history = History(wall_clock, self._observer)
         self._planning = False
         self._streak = 0
         self._answered_at_load = 0
@@ -240,6 +244,9 @@ class Supervisor:
         """Enter another phase. An unlisted transition raises."""
         if state.phase is not advance(self._state.phase, event):
             raise AssertionError(f"{event} does not lead from {self._state.phase} to {state.phase}")
+        now = self._clock()
+        self._observer.phase_left(self._state.phase, now - self._phase_began_at)
+        self._phase_began_at = now
         self._state = state
 
     def _update(self, state: State) -> None:
@@ -425,7 +432,7 @@ class Supervisor:
             case Loading() as state:
                 self._on_load_lost(state, exit_)
             case Serving(attempt=attempt):
-                self._history.n_worker_deaths += 1
+                self._history.worker_died(exit_.cause)
                 log.error("worker died", cause=exit_.cause, last_words=exit_.last_words[-500:])
                 if self._requests.n_answered > self._answered_at_load:
                     self._streak = 0
@@ -433,7 +440,7 @@ class Supervisor:
                 failure = Failure(f"the worker died: {exit_.cause}")
                 self._on_attempt_failed(replace(attempt, fallback=None, change=None), failure)
             case Draining(following=following):
-                self._history.n_worker_deaths += 1
+                self._history.worker_died(exit_.cause)
                 self._requests.worker_died(exit_.cause)
                 self._move(Event.LOST, Idle(following, start_at=self._clock()))
             case Leaving(following=following):
@@ -447,6 +454,7 @@ class Supervisor:
         failure = load_failure(state, exit_)
         mended = same_plan_differently(state, exit_)
         log.error("load failed", error=failure.message, mended=mended is not None)
+        self._observer.worker_died(f"loading: {exit_.cause}")
         if mended is not None:
             self._move(Event.LOST, Idle(mended, start_at=self._clock()))
         else:

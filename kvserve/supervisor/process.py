@@ -18,6 +18,7 @@ from kvserve.core.plan import Launch
 from kvserve.errors import WorkerFailed
 from kvserve.ipc.channel import DaemonChannel, ProtocolError
 from kvserve.ipc.messages import FromWorker, ToWorker
+from kvserve.logs import open_private
 from kvserve.supervisor.states import Exit, Worker
 
 WORKER_ARGV = (sys.executable, "-m", "kvserve.worker")
@@ -81,8 +82,8 @@ class ProcessWorker:
             return ""
 
     def _append_to_log(self, line: str) -> None:
-        with contextlib.suppress(OSError), self._log.open("a") as log:
-            log.write(f"{line}\n")
+        with contextlib.suppress(OSError), open_private(self._log) as log:
+            log.write(f"{line}\n".encode())
 
 
 class ProcessSpawner:
@@ -162,7 +163,7 @@ class ProcessSpawner:
         with contextlib.suppress(FileNotFoundError):
             if self._log.stat().st_size > _LOG_LIMIT_BYTES:
                 self._log.replace(self._log.with_suffix(self._log.suffix + ".1"))
-        return self._log.open("ab")
+        return open_private(self._log)
 
 
 def worker_environment(launch: Launch) -> dict[str, str]:

@@ -4,6 +4,9 @@ Every request ends in exactly one `Done` or one error on its ticket. What a dead
 had generated is kept, and the next worker goes on from there.
 """
 
+import time
+from collections.abc import Callable
+
 from kvserve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -14,6 +17,7 @@ from kvserve.errors import (
 )
 from kvserve.ipc.messages import Cancel, ChatPrompt, End, Failed, NeedsContext, Started, Step
 from kvserve.supervisor.admission import Done, Job, Served, Text, WaitingLine
+from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Worker
 
 MAX_CRASHES = 2
@@ -26,7 +30,14 @@ class Requests:
     Times are the clock's seconds.
     """
 
-    def __init__(self, queue_limit: int) -> None:
+    def __init__(
+        self,
+        queue_limit: int,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._observer = observer or Unobserved()
+        self._clock = clock
         self.line = WaitingLine(queue_limit)
         self.running: dict[int, Job] = {}
         self.parked: dict[int, Job] = {}
@@ -65,22 +76,23 @@ class Requests:
 
     def cancel(self, request_id: int, worker: Worker | None) -> None:
         """Forget a request that its caller gave up."""
-        if (
-            self.line.remove(request_id) is not None
-            or self.parked.pop(request_id, None) is not None
-        ):
-            self.n_failed += 1
-        elif self.running.pop(request_id, None) is not None:
-            self.n_failed += 1
-            if worker is not None:
+        self._forget(request_id, worker, "cancelled")
+
+    def _forget(self, request_id: int, worker: Worker | None, outcome: str) -> None:
+        job = self.line.remove(request_id) or self.parked.pop(request_id, None)
+        if job is None:
+            job = self.running.pop(request_id, None)
+            if job is not None and worker is not None:
                 worker.send(Cancel(id=request_id))
+        if job is not None:
+            self._note_failure(job, outcome)
 
     def expire(self, now: float, worker: Worker | None) -> None:
         """Fail the requests whose time is up."""
         everyone = [*self.line, *self.parked.values(), *self.running.values()]
         for job in [j for j in everyone if j.deadline is not None and j.deadline <= now]:
             waited = now - job.submitted_at
-            self.cancel(job.id, worker)
+            self._forget(job.id, worker, DeadlineExceeded.code)
             job.ticket.put(DeadlineExceeded(f"the request took longer than {waited:.0f} s"))
 
     def started(self, message: Started, n_ctx: int, cache_type: str, fingerprint: str) -> None:
@@ -100,10 +112,12 @@ class Requests:
     def step(self, message: Step) -> None:
         """Deliver one decode step."""
         self.n_cells_used = message.n_cells_used
+        self._observer.step(message.n_prefilled, sum(len(d.tokens) for d in message.deltas))
         for delta in message.deltas:
             job = self.running.get(delta.id)
             if job is None:
                 continue
+            self._note_tokens(job, len(delta.tokens))
             job.tokens.extend(delta.tokens)
             if delta.text:
                 job.ticket.put(Text(text=delta.text, tokens=delta.tokens))
@@ -150,6 +164,8 @@ class Requests:
 
     def worker_paused(self) -> None:
         """Everything that ran goes back to the front of the line."""
+        for job in self.running.values():
+            job.note_interruption()
         self.line.put_back(list(self.running.values()))
         self.running.clear()
 
@@ -158,6 +174,7 @@ class Requests:
         survivors = []
         for job in self.running.values():
             job.n_crashes += 1
+            job.note_interruption()
             if job.n_crashes >= MAX_CRASHES:
                 self._fail(job, WorkerFailed(f"the worker died twice with this request: {cause}"))
             else:
@@ -183,6 +200,8 @@ class Requests:
         if job is None:
             return
         self.n_answered += 1
+        self._observer.answered(end.n_prompt_tokens, end.n_cached_tokens, _again(job, end))
+        self._observer.ended(end.reason, self._clock() - job.submitted_at)
         job.ticket.put(
             Done(
                 reason=end.reason,
@@ -194,5 +213,28 @@ class Requests:
         )
 
     def _fail(self, job: Job, error: KvserveError) -> None:
-        self.n_failed += 1
+        self._note_failure(job, error.code)
         job.ticket.put(error)
+
+    def _note_failure(self, job: Job, outcome: str) -> None:
+        self.n_failed += 1
+        self._observer.ended(outcome, self._clock() - job.submitted_at)
+
+    def _note_tokens(self, job: Job, n_tokens: int) -> None:
+        if not n_tokens:
+            return
+        now = self._clock()
+        if job.token_at is None:
+            self._observer.first_token(now - job.submitted_at)
+            n_tokens -= 1
+        if n_tokens:
+            self._observer.next_tokens(n_tokens, now - (job.token_at or now))
+        job.token_at = now
+
+
+def _again(job: Job, end: End) -> int:
+    """Tokens of an interrupted request that its last worker computed again. What was carried over
+    to it covers the prompt too, so a prompt that was there whole means that all of it was."""
+    if job.n_interrupted is None or end.n_cached_tokens >= end.n_prompt_tokens:
+        return 0
+    return end.n_prompt_tokens + job.n_interrupted - end.n_cached_tokens

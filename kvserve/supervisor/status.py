@@ -24,6 +24,11 @@ class ReloadRecord:
     detail: str | None = None
     carry: CarryReport | None = None
 
+    @property
+    def n_tokens_carried(self) -> int:
+        """Tokens of the sequences that came along."""
+        return 0 if self.carry is None else self.carry.n_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:

@@ -19,6 +19,7 @@ from kvserve.core.plan import Plan, Request
 from kvserve.core.selector import select
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import MemoryReport
+from kvserve.metrics import Metrics
 from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket, TicketEvent
 from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
 from tests.core.shapes import llama3_8b, machine
@@ -196,12 +197,14 @@ class Live:
 
 
 @contextmanager
-def live_server(service: ScriptedService, config: ApiConfig = CONFIG) -> Iterator[Live]:
+def live_server(
+    service: ScriptedService, config: ApiConfig = CONFIG, metrics: Metrics | None = None
+) -> Iterator[Live]:
     """The app under uvicorn on a port of its own, in a thread of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(service, config),
+                create_app(service, config, metrics),
                 log_level="critical",
                 lifespan="off",
                 timeout_graceful_shutdown=1,

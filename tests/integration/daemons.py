@@ -30,7 +30,7 @@ def run_cli(*arguments: str, state_dir: Path, timeout: float = 60) -> subprocess
 class Daemon:
     """`kvserve start` in the foreground of a process, on a free port."""
 
-    def __init__(self, state_dir: Path, *arguments: str) -> None:
+    def __init__(self, state_dir: Path, *arguments: str, **environ: str) -> None:
         self.state_dir = state_dir
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvserve", "start", "--port", "0", "--state-dir",
@@ -39,6 +39,7 @@ class Daemon:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env={**os.environ, **environ},
         )  # fmt: skip
         self.output: list[str] = []
         self._serving = threading.Event()

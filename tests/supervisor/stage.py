@@ -32,6 +32,7 @@ from kvserve.ipc.messages import (
 from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
+from kvserve.supervisor.observing import Observer
 from kvserve.supervisor.states import Exit, Tick
 from kvserve.supervisor.status import Measured
 from tests.core.shapes import llama3_8b, machine
@@ -146,7 +147,9 @@ class FakePlanner:
 class Stage:
     """The supervisor with everything around it."""
 
-    def __init__(self, first: Plan | None = None, **policy: Any) -> None:
+    def __init__(
+        self, first: Plan | None = None, observer: Observer | None = None, **policy: Any
+    ) -> None:
         self.now = 1000.0
         self.workers: list[FakeWorker] = []
         self.ahead: list[Launch] = []
@@ -161,6 +164,7 @@ class Stage:
             planner=self.planner,
             clock=lambda: self.now,
             wall_clock=lambda: self.now,
+            observer=observer,
         )
         self.running = asyncio.create_task(self.supervisor.run())
 

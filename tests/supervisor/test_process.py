@@ -51,6 +51,16 @@ class Troupe:
                 os.killpg(pid, 0)
 
 
+def test_the_workers_words_are_for_the_user_alone(tmp_path):
+    async def story():
+        troupe = Troupe(tmp_path, {}, {})
+        async with troupe as supervisor:
+            await supervisor.first_ready
+            assert troupe.log.stat().st_mode & 0o777 == 0o600
+
+    play(story)
+
+
 async def ask(supervisor: Supervisor, began: asyncio.Event | None = None) -> str:
     text = ""
     async with supervisor.submit(SPEC) as ticket:

@@ -1,0 +1,91 @@
+"""What a scrape of /metrics costs: pairs of runs of the demo model, with and without scraping.
+
+The order within a pair alternates. Prints Markdown.
+"""
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from kvserve.bench.load import Load, run
+from kvserve.instance import find_instance
+
+
+async def scrape_for_ever(url: str, interval: float, seconds: list[float]) -> None:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            began = time.perf_counter()
+            (await client.get(f"{url}/metrics")).raise_for_status()
+            seconds.append(time.perf_counter() - began)
+            await asyncio.sleep(interval)
+
+
+async def measure(url: str, load: Load, interval: float | None, scrapes: list[float]) -> float:
+    scraping = None
+    if interval is not None:
+        scraping = asyncio.create_task(scrape_for_ever(url, interval, scrapes))
+    try:
+        return (await run(f"{url}/v1", load)).tokens_per_second
+    finally:
+        if scraping is not None:
+            scraping.cancel()
+            await asyncio.gather(scraping, return_exceptions=True)
+
+
+async def pairs(url: str, options: argparse.Namespace) -> None:
+    scrapes: list[float] = []
+    ratios, without = [], []
+    for pair in range(-1, options.pairs):  # the first one warms up
+        load = Load(options.streams, 1, 48, options.max_tokens, seed=pair)
+        rates: dict[bool, float] = {}
+        for scraped in (False, True) if pair % 2 else (True, False):
+            interval = options.interval if scraped else None
+            rates[scraped] = await measure(url, load, interval, scrapes)
+        if pair >= 0:
+            ratios.append(rates[True] / rates[False])
+            without.append(rates[False])
+    async with httpx.AsyncClient(trust_env=False) as client:
+        page = (await client.get(f"{url}/metrics")).text
+        idle = []
+        for _ in range(200):
+            began = time.perf_counter()
+            await client.get(f"{url}/metrics")
+            idle.append(time.perf_counter() - began)
+    print("| figure | value |\n|---|---|")
+    print(f"| streams, pairs | {options.streams}, {options.pairs} |")
+    print(f"| tokens/s without scraping, median | {statistics.median(without):.1f} |")
+    spread = f"{min(ratios):.3f}–{max(ratios):.3f}"
+    print(f"| with / without, median (range) | {statistics.median(ratios):.3f} ({spread}) |")
+    print(f"| a scrape under load, median | {1e3 * statistics.median(scrapes):.1f} ms |")
+    print(f"| a scrape while idle, median | {1e3 * statistics.median(idle):.2f} ms |")
+    print(f"| page | {len(page)} bytes, {page.count(chr(10))} lines |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between scrapes")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "kvserve", "start", "--model", "demo", "--port", "0"]
+        command += ["--parallel", str(options.streams), "--state-dir", state, "--detach"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        try:
+            asyncio.run(pairs(find_instance(Path(state), None).url, options))
+        finally:
+            stop = [sys.executable, "-m", "kvserve", "stop", "--state-dir", state]
+            subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
