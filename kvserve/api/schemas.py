@@ -14,6 +14,8 @@ from kvserve.core.plan import Task
 
 INT32_MAX = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
 
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -49,9 +51,9 @@ class GenerationRequest(_Body):
     """
 
     model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
     stop: Any = None
     ignore_eos: bool | None = None
@@ -66,6 +68,8 @@ class GenerationRequest(_Body):
     frequency_penalty: Penalty | None = None
     seed: int | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    response_format: Any = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     kvserve: KvserveOptions | None = None
 
 
@@ -81,15 +85,25 @@ class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`. `prompt` is a text, a list of token ids, or a list of either."""
+    """`POST /v1/completions`. `prompt` is a text, a list of token ids, or a list of either.
+
+    `max_tokens` 0 generates nothing, which makes sense with `echo`. `logprobs` counts the likeliest
+    tokens to be told beside each; null tells none.
+    """
 
     prompt: Any
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
 
 
 class ContextRequest(_Body):

@@ -104,7 +104,8 @@ class Generate(Message, frozen=True):
     `max_tokens` None goes on to the end of the context. `resume` are the tokens that an earlier
     worker already generated for this request: their text was delivered and is not sent again.
     Cached prefixes are shared only between requests of the same `cache_salt`. `n_logprobs` asks
-    for the log probability of each token, and of that many most likely ones beside it.
+    for the log probability of each token, and of that many most likely ones beside it. `echo` asks
+    for the prompt's text, and with `n_logprobs` for the likelihoods of its tokens too.
     """
 
     id: int
@@ -118,6 +119,7 @@ class Generate(Message, frozen=True):
     cache_salt: str = ""
     n_logprobs: int | None = None
     grammar: Grammar | None = None
+    echo: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -239,6 +241,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[Likelihood, ...]
 
 
+class Echo(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt of a request with `echo`, in the same step as its first token or its end.
+
+    `pieces` are the bytes of all its tokens. `logprobs` are there where the request wants any:
+    those of every token but the first, which nothing precedes.
+    """
+
+    id: int
+    pieces: tuple[bytes, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -258,7 +272,7 @@ class Step(Message, frozen=True):
 
     Sent also for a step that only prefills, as a sign of life. `n_cells_used` are KV cells of
     running requests, `n_cells_kept` those that hold prefixes for later ones and count as free.
-    `logprobs` are there for requests with `n_logprobs`.
+    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -267,6 +281,7 @@ class Step(Message, frozen=True):
     n_cells_used: int = 0
     n_cells_kept: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    echoes: tuple[Echo, ...] = ()
 
 
 class Failed(Message, frozen=True):

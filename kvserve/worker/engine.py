@@ -14,6 +14,7 @@ from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
     Delta,
+    Echo,
     End,
     Failed,
     Generate,
@@ -35,6 +36,7 @@ from kvserve.worker.prepare import Prepared, Preparer, Refused
 from kvserve.worker.sampling import Row, Sampler
 from kvserve.worker.scheduler import Batch as Plan
 from kvserve.worker.scheduler import Scheduler
+from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation
 
 _MOST_SAMPLING_THREADS = 8
@@ -51,6 +53,7 @@ class _Job:
     sampler: Sampler
     n_logprobs: int | None = None
     constraint: Constraint | None = None
+    echo: PromptEcho | None = None
     started: bool = False
 
 
@@ -150,15 +153,20 @@ class Engine:
             prepared.sampler,
             prepared.n_logprobs,
             prepared.constraint,
+            prepared.echo,
         )
-        if job.generation.finish is None:
+        generation, echo = job.generation, job.echo
+        if generation.finish is None or (echo is not None and not echo.complete):
             self._jobs[job.id] = job
-            generation = job.generation
-            self._scheduler.add(job.id, generation.buffer, generation.n_tokens, prepared.salt)
+            n_to_score = 0 if echo is None else echo.n_to_score
+            self._scheduler.add(
+                job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
+            )
             return
         self._channel.send(Started(job.id, job.generation.n_prompt))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
-        self._send_step(deltas, (_end(job, 0),))
+        echoes = () if echo is None else (echo.message(),)
+        self._send_step(deltas, (_end(job, 0),), echoes=echoes)
 
     def _forget(self, request: int, *, broken: bool = False) -> None:
         if self._jobs.pop(request, None) is not None:
@@ -178,7 +186,8 @@ class Engine:
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
         draws = self._draws(plan)
-        deltas, ends, logprobs = [], [], []
+        deltas, logprobs = [], []
+        echoes, ends = self._take_echoes(plan)
         for draw, (token, likelihoods) in zip(draws, self._sample(draws), strict=True):
             job = draw.job
             if job.constraint is not None and job.constraint.error is not None:
@@ -192,7 +201,22 @@ class Engine:
             else:
                 ends.append(_end(job, self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
-        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs))
+        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs), echoes)
+
+    def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
+        """The prompts that are ready to be sent back, and the ends of requests that wanted no
+        more than that."""
+        echoes, ends = [], []
+        for chunk in plan.chunks:
+            job = self._jobs[chunk.id]
+            if job.echo is None or not job.echo.complete or not (chunk.last or chunk.scored):
+                continue
+            echoes.append(job.echo.message())
+            job.echo = None
+            if job.generation.finish is not None:
+                ends.append(_end(job, self._scheduler.n_cached(job.id)))
+                self._forget(job.id)
+        return tuple(echoes), ends
 
     def _change_memory(self, operations: tuple[Operation, ...]) -> None:
         context = self._context
@@ -215,6 +239,7 @@ class Engine:
                 chunk.start,
                 chunk.slot,
                 last=chunk.last,
+                scored=chunk.scored,
             )
         try:
             self._context.decode(batch)
@@ -243,14 +268,19 @@ class Engine:
         self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
 
     def _draws(self, plan: Plan) -> list[_Draw]:
-        wanted = [chunk for chunk in plan.chunks if chunk.last]
-        if not wanted:
+        n_outputs = len(self._batch.outputs)
+        if not n_outputs:
             return []
-        rows = self._context.logits(len(wanted))
-        return [
-            _Draw(self._jobs[chunk.id], output, row)
-            for chunk, output, row in zip(wanted, self._batch.outputs, rows, strict=True)
-        ]
+        rows = self._context.logits(n_outputs)
+        draws, first = [], 0
+        for chunk in plan.chunks:
+            job, end = self._jobs[chunk.id], first + chunk.n_outputs
+            if chunk.scored and job.echo is not None:
+                job.echo.take(chunk.start, rows[first:end])
+            elif chunk.last:
+                draws.append(_Draw(job, self._batch.outputs[first], rows[first]))
+            first = end
+        return draws
 
     def _sample(self, draws: list[_Draw]) -> list[_Drawn]:
         if self._pool is not None and sum(draw.is_slow for draw in draws) > 1:
@@ -280,9 +310,10 @@ class Engine:
         ends: tuple[End, ...],
         n_prefilled: int = 0,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        echoes: tuple[Echo, ...] = (),
     ) -> None:
         cache = self._cache
-        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs)
+        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs, echoes)
         self._channel.send(step)
 
 

@@ -225,16 +225,26 @@ class Batch:
         self.n_tokens = self.raw.n_tokens = 0
         self.outputs.clear()
 
-    def add(self, tokens: NDArray[np.int32], start: int, slot: int, *, last: bool) -> None:
+    def add(
+        self,
+        tokens: NDArray[np.int32],
+        start: int,
+        slot: int,
+        *,
+        last: bool,
+        scored: bool = False,
+    ) -> None:
         """Append `tokens` at positions `start` and on of sequence `slot`; `last` asks for the
-        logits of the final one, whose index is then appended to `outputs`."""
+        logits of the final one, `scored` for those of all. Whose logits are wanted is appended to
+        `outputs`, as an index into the batch."""
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[begin:end] = tokens
         self._pos[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
         self._slot[begin:end] = slot
-        if last:
-            self._wanted[end - 1] = 1
-            self.outputs.append(end - 1)
+        if last or scored:
+            first = begin if scored else end - 1
+            self._wanted[first:end] = 1
+            self.outputs.extend(range(first, end))
         self.n_tokens = self.raw.n_tokens = end
 
 
