@@ -17,10 +17,14 @@ MAX_LOGIT_BIASES = 1024
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 
+MAX_BREAKERS = 32
+
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepeatPenalty = Annotated[float, Field(gt=0, le=10)]
+Window = Annotated[int, Field(ge=-1, le=INT32_MAX)]
+Breaker = Annotated[str, Field(min_length=1, max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -47,7 +51,8 @@ class GenerationRequest(_Body):
     """The fields that both endpoints share: OpenAI's, and llama-server's and vLLM's beside them.
 
     A `temperature` above 2 is llama.cpp's range, not OpenAI's. `top_k` 0 or -1 is off.
-    `repetition_penalty` is vLLM's name of `repeat_penalty`.
+    `repetition_penalty` is vLLM's name of `repeat_penalty`. Windows (`…_last_n`) count tokens: -1
+    is all of them, 0 none.
     """
 
     model: str | None = None
@@ -64,8 +69,19 @@ class GenerationRequest(_Body):
     typical_p: Unit | None = None
     repeat_penalty: RepeatPenalty | None = None
     repetition_penalty: RepeatPenalty | None = None
+    repeat_last_n: Window | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    xtc_probability: Unit | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Count | None = None
+    dry_penalty_last_n: Window | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], Field(max_length=MAX_BREAKERS)] | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, Field(ge=0, le=100)] | None = None
+    mirostat_eta: Unit | None = None
     seed: int | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
     response_format: Any = None

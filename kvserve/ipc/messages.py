@@ -43,7 +43,9 @@ class Load(Message, frozen=True):
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are drawn. Field names and meanings are llama.cpp's and the OpenAI API's.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `seed` None draws one.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `xtc_probability` 0 are off, and so is DRY
+    with `dry_multiplier` 0. `mirostat` 1 or 2 takes the place of all that shortens the list of
+    tokens. `seed` None draws one.
     """
 
     temperature: float = 1.0
@@ -55,6 +57,16 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int | None = None
     logit_bias: dict[int, float] = {}
 

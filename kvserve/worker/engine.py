@@ -7,7 +7,6 @@ import os
 import queue
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvserve.ipc.channel import WorkerChannel
@@ -27,21 +26,19 @@ from kvserve.ipc.messages import (
 )
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.drawing import Drawer, Wish
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
-from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
-from kvserve.worker.sampling import Row, Sampler
+from kvserve.worker.sampling import Sampler
 from kvserve.worker.scheduler import Batch as Plan
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation
 
 _MOST_SAMPLING_THREADS = 8
-
-_Drawn = tuple[int, TokenLogprobs | None]
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
 
@@ -55,20 +52,6 @@ class _Job:
     constraint: Constraint | None = None
     echo: PromptEcho | None = None
     started: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """A row of logits to draw from: the batch's token `output`."""
-
-    job: _Job
-    output: int
-    row: Row
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether it is worth a thread: an argmax takes microseconds."""
-        return not self.job.sampler.greedy or self.job.n_logprobs is not None
 
 
 class Engine:
@@ -105,7 +88,7 @@ class Engine:
             deliver=inbox.put,
         )
         n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
-        self._pool = ThreadPoolExecutor(n_threads, "sample") if n_threads > 1 else None
+        self._drawer = Drawer(n_threads, context.vocab.piece)
 
     def run(self) -> None:
         """Serve; blocks where there is nothing to do. Never returns."""
@@ -185,11 +168,11 @@ class Engine:
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        draws = self._draws(plan)
+        wishes = self._wishes(plan)
         deltas, logprobs = [], []
         echoes, ends = self._take_echoes(plan)
-        for draw, (token, likelihoods) in zip(draws, self._sample(draws), strict=True):
-            job = draw.job
+        for wish, (token, likelihoods) in zip(wishes, self._drawer.draw(wishes), strict=True):
+            job = self._jobs[wish.id]
             if job.constraint is not None and job.constraint.error is not None:
                 self._refuse(job, job.constraint.error)
                 continue
@@ -267,34 +250,20 @@ class Engine:
         message = f"the grammar cannot be followed: {problem}"
         self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
 
-    def _draws(self, plan: Plan) -> list[_Draw]:
+    def _wishes(self, plan: Plan) -> list[Wish]:
         n_outputs = len(self._batch.outputs)
         if not n_outputs:
             return []
         rows = self._context.logits(n_outputs)
-        draws, first = [], 0
+        wishes, first = [], 0
         for chunk in plan.chunks:
             job, end = self._jobs[chunk.id], first + chunk.n_outputs
             if chunk.scored and job.echo is not None:
                 job.echo.take(chunk.start, rows[first:end])
             elif chunk.last:
-                draws.append(_Draw(job, self._batch.outputs[first], rows[first]))
+                wishes.append(Wish(job.id, rows[first], job.sampler, job.n_logprobs))
             first = end
-        return draws
-
-    def _sample(self, draws: list[_Draw]) -> list[_Drawn]:
-        if self._pool is not None and sum(draw.is_slow for draw in draws) > 1:
-            return list(self._pool.map(self._sample_one, draws))
-        return [self._sample_one(draw) for draw in draws]
-
-    def _sample_one(self, draw: _Draw) -> _Drawn:
-        job = draw.job
-        if job.n_logprobs is None:
-            return job.sampler.sample(self._context, draw.output, draw.row), None
-        untouched = draw.row.copy()
-        token = job.sampler.sample(self._context, draw.output, draw.row)
-        piece = self._context.vocab.piece
-        return token, token_logprobs(job.id, untouched, token, job.n_logprobs, piece)
+        return wishes
 
     def _accept(self, job: _Job, token: int) -> Delta:
         vocab = self._context.vocab

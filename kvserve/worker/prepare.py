@@ -125,6 +125,7 @@ class Preparer:
             n_vocab=vocab.n_tokens,
             forbidden=vocab.forbidden_tokens,
             end_tokens=vocab.end_tokens if bans_ends else np.empty(0, dtype=np.int64),
+            piece=vocab.piece,
             constraint=constraint,
         )
         return Prepared(

@@ -58,10 +58,27 @@ def test_all_sampling_fields():
         "repeat_penalty": 1.1,
         "presence_penalty": -2,
         "frequency_penalty": 2,
+        "repeat_last_n": -1,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+        "dry_multiplier": 0.8,
+        "dry_base": 2,
+        "dry_allowed_length": 3,
+        "dry_penalty_last_n": 512,
         "seed": 17,
     }
-    expected = Sampling(**fields, logit_bias={0: -100.0, 128255: 3.5})
-    assert sampling_of(**fields, logit_bias={"0": -100, "128255": 3.5}) == expected
+    breakers = ["\n", "é"]
+    expected = Sampling(
+        **fields, dry_sequence_breakers=tuple(breakers), logit_bias={0: -100.0, 128255: 3.5}
+    )
+    body = {"dry_sequence_breakers": breakers, "logit_bias": {"0": -100, "128255": 3.5}}
+    assert sampling_of(**fields, **body) == expected
+
+
+def test_mirostat():
+    fields = {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2}
+    assert sampling_of(**fields) == Sampling(**fields)
+    assert sampling_of(mirostat=0, top_k=5, temperature=0) == Sampling(temperature=0, top_k=5)
 
 
 @pytest.mark.parametrize(
