@@ -109,7 +109,6 @@ def sampler(context: llama.Context, seed: int, fields: dict) -> Sampler:
     return Sampler(
         Sampling(**({"temperature": 0.8, "seed": seed} | fields)),
         Generation(np.arange(200, dtype=np.int32) % 50 + 1000, Limits(max_tokens=1000)),
-        n_vocab=context.vocab.n_tokens,
         forbidden=context.vocab.forbidden_tokens,
         end_tokens=np.empty(0, dtype=np.int64),
         piece=context.vocab.piece,

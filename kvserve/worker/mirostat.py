@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvserve.worker.chains import Chain, Steps
-from kvserve.worker.shortlist import largest, most
+from kvserve.worker.dice import Dice
+from kvserve.worker.shortlist import largest
 
 Row = NDArray[np.float32]
 
@@ -20,14 +20,14 @@ class Mirostat:
     """
 
     def __init__(
-        self, version: int, tau: float, eta: float, temperature: float, seed: int, n_drawn: int
+        self, version: int, tau: float, eta: float, temperature: float, dice: Dice
     ) -> None:
         self._version = version
         self._tau = tau
         self._eta = eta
         self._temperature = temperature
         self.max_surprise = 2 * tau
-        self._chain = Chain(Steps(), seed, n_drawn)
+        self._dice = dice
 
     def sample(self, row: Row) -> int:
         """Draw a token, and let what it cost move the limit."""
@@ -36,7 +36,7 @@ class Mirostat:
         logprobs = logits - np.float32(log_total)
         ids = self._by_slope(logprobs) if self._version == 1 else self._by_surprise(logprobs)
         kept = logprobs[ids]
-        token = self._chain.draw(ids, kept)
+        token = int(ids[self._dice.draw(kept)])
         mass = np.exp(kept).sum(dtype=np.float64)
         surprise = float((np.log(mass) - logprobs[token]) / np.log(2))
         self.max_surprise -= self._eta * (surprise - self._tau)
@@ -50,21 +50,14 @@ class Mirostat:
         """The k likeliest: k such that a Zipf distribution with the slope of the likeliest tokens
         has the wanted surprise."""
         n_vocab = len(logprobs)
-        ids = _in_order(logprobs, min(_N_ESTIMATE, n_vocab))
-        steps = -np.diff(logprobs[ids].astype(np.float64))
-        ranks = np.log(np.arange(2, len(ids) + 1) / np.arange(1, len(ids)))
-        slope = float((ranks * steps).sum() / (ranks * ranks).sum()) if len(ids) > 1 else 1.0
+        likeliest = np.sort(logprobs[largest(logprobs, min(_N_ESTIMATE, n_vocab))])[::-1]
+        steps = -np.diff(likeliest.astype(np.float64))
+        ranks = np.log(np.arange(2, len(likeliest) + 1) / np.arange(1, len(likeliest)))
+        slope = float((ranks * steps).sum() / (ranks * ranks).sum()) if len(steps) else 1.0
         excess = slope - 1
         with np.errstate(all="ignore"):
             k = np.float64(
                 (excess * 2**self.max_surprise) / (1 - np.float64(n_vocab) ** -excess)
             ) ** (1 / slope)
         n_kept = int(min(max(k, 1), n_vocab)) if np.isfinite(k) else n_vocab
-        return _in_order(logprobs, n_kept)
-
-
-def _in_order(logprobs: Row, n: int) -> NDArray[np.intp]:
-    if n <= most(len(logprobs)):
-        ids = largest(logprobs, n)
-        return ids[np.argsort(-logprobs[ids], kind="stable")][:n]
-    return np.argsort(-logprobs, kind="stable")[:n]
+        return largest(logprobs, n_kept)

@@ -122,7 +122,6 @@ class Preparer:
         sampler = Sampler(
             request.sampling,
             generation,
-            n_vocab=vocab.n_tokens,
             forbidden=vocab.forbidden_tokens,
             end_tokens=vocab.end_tokens if bans_ends else np.empty(0, dtype=np.int64),
             piece=vocab.piece,

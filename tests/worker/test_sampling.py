@@ -22,7 +22,6 @@ def sampler(
     return Sampler(
         Sampling(**({"temperature": 0.0} | fields)),
         generation,
-        n_vocab=N_VOCAB,
         forbidden=np.array([15]),
         end_tokens=END,
         piece=lambda token: b"x",
