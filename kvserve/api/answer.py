@@ -10,7 +10,7 @@ stream ends without `[DONE]`. The chunks' `system_fingerprint` is that of the wo
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from starlette.responses import JSONResponse, Response
@@ -18,18 +18,22 @@ from starlette.types import Receive, Scope, Send
 
 from kvserve.api.errors import error_body, internal_error
 from kvserve.api.hangup import while_connected
+from kvserve.api.likelihoods import Entry, Json, Transcript
 from kvserve.api.request_id import request_id_of
 from kvserve.api.sse import EventStream
-from kvserve.api.wire import ChunkWriter, Format, encode
+from kvserve.api.wire import Choice, ChunkWriter, Format, encode, usage_of
 from kvserve.errors import KvserveError
-from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket, TicketEvent
+from kvserve.supervisor.admission import Done, GenerationSpec, Served, Ticket, TicketEvent
 from kvserve.supervisor.service import Service
 
 Indexed = tuple[int, TicketEvent]
 
 
 class Answer(Response):
-    """Submits `specs` when it is sent, and writes one choice for each, in `wire_format`."""
+    """Submits `specs` when it is sent, and writes one choice for each, in `wire_format`.
+
+    Each prompt has `n_choices` of them, one after the other.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Answer(Response):
         specs: Sequence[GenerationSpec],
         wire_format: Format,
         *,
+        n_choices: int,
         stream: bool,
         with_usage: bool,
         ping_seconds: float,
@@ -45,6 +50,7 @@ class Answer(Response):
         self._service = service
         self._specs = specs
         self._format = wire_format
+        self._n_choices = n_choices
         self._stream = stream
         self._with_usage = with_usage
         self._ping_seconds = ping_seconds
@@ -64,23 +70,30 @@ class Answer(Response):
         self, tickets: Sequence[Ticket], scope: Scope, receive: Receive, send: Send
     ) -> None:
         texts: list[list[str]] = [[] for _ in tickets]
+        entries: list[list[Entry]] = [[] for _ in tickets]
+        transcripts = self._transcripts()
         ends: dict[int, Done] = {}
         served: Served | None = None
         async with aclosing(_events(tickets)) as events:
             async for index, event in events:
-                match event:
-                    case Served():
-                        served = served or event
-                    case Text():
-                        texts[index].append(event.text)
-                    case Done():
-                        ends[index] = event
+                if isinstance(event, Served):
+                    served = served or event
+                    continue
+                said = transcripts[index].take(event)
+                texts[index].append(said.text)
+                entries[index].extend(said.entries)
+                if isinstance(event, Done):
+                    ends[index] = event
         assert served is not None
-        body = self._format.whole(
-            ["".join(parts) for parts in texts],
-            [ends[index] for index in range(len(tickets))],
-            served.fingerprint,
-        )
+        choices = [
+            Choice(
+                "".join(texts[index]),
+                ends[index].reason,
+                None if spec.n_logprobs is None else tuple(entries[index]),
+            )
+            for index, spec in enumerate(self._specs)
+        ]
+        body = self._format.whole(choices, self._usage(ends), served.fingerprint)
         await JSONResponse(body, headers=_headers(served))(scope, receive, send)
 
     async def _send_stream(self, tickets: Sequence[Ticket], scope: Scope, send: Send) -> None:
@@ -101,28 +114,41 @@ class Answer(Response):
 
     async def _send_chunks(self, tickets: Sequence[Ticket], out: EventStream) -> None:
         writers: dict[int, ChunkWriter] = {}
-        ends: list[Done] = []
+        transcripts = self._transcripts()
+        ends: dict[int, Done] = {}
         fingerprint = ""
         async with aclosing(_events(tickets)) as events:
             async for index, event in events:
-                match event:
-                    case Served(fingerprint=fingerprint):
-                        await out.begin(_headers(event))
-                        writer = self._format.writer(
-                            index, fingerprint, with_usage=self._with_usage
-                        )
-                        writers[index] = writer
-                        if writer.opening is not None:
-                            await out.event(writer.opening)
-                    case Text(text=text) if text:
-                        await out.event(writers[index].text(text))
-                    case Done(reason=reason):
-                        ends.append(event)
-                        await out.event(writers[index].closing(reason))
+                if isinstance(event, Served):
+                    fingerprint = event.fingerprint
+                    await out.begin(_headers(event))
+                    writer = self._format.writer(
+                        index,
+                        fingerprint,
+                        with_usage=self._with_usage,
+                        with_logprobs=self._specs[index].n_logprobs is not None,
+                    )
+                    writers[index] = writer
+                    if writer.opening is not None:
+                        await out.event(writer.opening)
+                    continue
+                said = transcripts[index].take(event)
+                if said.text or said.entries:
+                    await out.event(writers[index].text(said.text, said.entries))
+                if isinstance(event, Done):
+                    ends[index] = event
+                    await out.event(writers[index].closing(event.reason))
         if self._with_usage:
-            await out.event(self._format.usage_chunk(ends, fingerprint))
+            await out.event(self._format.usage_chunk(self._usage(ends), fingerprint))
         await out.event("[DONE]")
         await out.close()
+
+    def _transcripts(self) -> list[Transcript]:
+        tells_end = self._format.tells_end
+        return [Transcript(spec, tells_end=tells_end) for spec in self._specs]
+
+    def _usage(self, ends: Mapping[int, Done]) -> Json:
+        return usage_of([ends[index] for index in range(len(ends))], self._n_choices)
 
     def _headers_in_force(self) -> dict[str, str]:
         plan = self._service.status().plan

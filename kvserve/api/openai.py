@@ -8,7 +8,7 @@ from starlette.responses import Response
 from kvserve.api.answer import Answer
 from kvserve.api.config import ApiConfig
 from kvserve.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from kvserve.api.specs import chat_spec, completion_specs
+from kvserve.api.specs import chat_specs, completion_specs
 from kvserve.api.wire import ChatFormat, CompletionFormat, Format
 from kvserve.errors import InvalidRequest, ModelNotFound
 from kvserve.supervisor.admission import GenerationSpec
@@ -31,7 +31,7 @@ def openai_router(service: Service, config: ApiConfig) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         _check(body, service, config)
-        return answer(body, (chat_spec(body),), ChatFormat(config.model_id, int(config.clock())))
+        return answer(body, chat_specs(body), ChatFormat(config.model_id, int(config.clock())))
 
     @router.post("/completions")
     async def completions(body: CompletionRequest) -> Response:
@@ -47,6 +47,7 @@ def openai_router(service: Service, config: ApiConfig) -> APIRouter:
             service,
             specs,
             wire_format,
+            n_choices=body.n or 1,
             stream=bool(body.stream),
             with_usage=options is not None and bool(options.include_usage),
             ping_seconds=config.ping_seconds,

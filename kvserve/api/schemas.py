@@ -14,11 +14,17 @@ from kvserve.core.plan import Task
 
 INT32_MAX = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+
+MAX_BREAKERS = 32
 
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepeatPenalty = Annotated[float, Field(gt=0, le=10)]
+Window = Annotated[int, Field(ge=-1, le=INT32_MAX)]
+Breaker = Annotated[str, Field(min_length=1, max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -45,13 +51,14 @@ class GenerationRequest(_Body):
     """The fields that both endpoints share: OpenAI's, and llama-server's and vLLM's beside them.
 
     A `temperature` above 2 is llama.cpp's range, not OpenAI's. `top_k` 0 or -1 is off.
-    `repetition_penalty` is vLLM's name of `repeat_penalty`.
+    `repetition_penalty` is vLLM's name of `repeat_penalty`. Windows (`…_last_n`) count tokens: -1
+    is all of them, 0 none.
     """
 
     model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
     stop: Any = None
     ignore_eos: bool | None = None
@@ -62,10 +69,23 @@ class GenerationRequest(_Body):
     typical_p: Unit | None = None
     repeat_penalty: RepeatPenalty | None = None
     repetition_penalty: RepeatPenalty | None = None
+    repeat_last_n: Window | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    xtc_probability: Unit | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Count | None = None
+    dry_penalty_last_n: Window | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], Field(max_length=MAX_BREAKERS)] | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, Field(ge=0, le=100)] | None = None
+    mirostat_eta: Unit | None = None
     seed: int | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    response_format: Any = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     kvserve: KvserveOptions | None = None
 
 
@@ -81,15 +101,25 @@ class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`. `prompt` is a text, a list of token ids, or a list of either."""
+    """`POST /v1/completions`. `prompt` is a text, a list of token ids, or a list of either.
+
+    `max_tokens` 0 generates nothing, which makes sense with `echo`. `logprobs` counts the likeliest
+    tokens to be told beside each; null tells none.
+    """
 
     prompt: Any
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
 
 
 class ContextRequest(_Body):

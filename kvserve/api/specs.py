@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
+from kvserve.api.response_format import read_response_format
 from kvserve.api.schemas import (
     INT32_MAX,
+    MAX_CHOICES,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
@@ -22,7 +27,7 @@ from kvserve.ipc.messages import (
 )
 from kvserve.supervisor.admission import GenerationSpec
 
-MAX_PROMPTS = 64
+MAX_PROMPTS = MAX_CHOICES
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 512
 TEMPLATE_KWARGS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
@@ -30,17 +35,13 @@ TEMPLATE_KWARGS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 else could replace the template's own variables."""
 
 _REFUSED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "modalities": ([], ["text"]),
     "audio": (),
-    "response_format": ({"type": "text"},),
     "json_schema": (),
     "grammar": ("",),
     "structured_outputs": (),
@@ -62,11 +63,26 @@ _SAMPLING = (
     "typical_p",
     "presence_penalty",
     "frequency_penalty",
+    "repeat_last_n",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
 )
+_SHORTENING = ("top_k", "top_p", "min_p", "typical_p", "xtc_probability")
+"""What Mirostat takes the place of."""
 
 
-def chat_spec(body: ChatCompletionRequest) -> GenerationSpec:
-    """What a chat request wants generated. Raises InvalidRequest, Unsupported."""
+def chat_specs(body: ChatCompletionRequest) -> tuple[GenerationSpec, ...]:
+    """What a chat request wants generated, one for each of its choices.
+
+    Raises InvalidRequest, Unsupported.
+    """
     _refuse_unsupported(body)
     continue_final = bool(body.continue_final_message)
     if continue_final and body.messages[-1].role != "assistant":
@@ -78,16 +94,30 @@ def chat_spec(body: ChatCompletionRequest) -> GenerationSpec:
         template_kwargs=_template_kwargs(body.chat_template_kwargs or {}),
         continue_final=continue_final,
     )
-    return _spec(body, prompt, body.max_completion_tokens or body.max_tokens)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest('top_logprobs needs "logprobs": true', param="top_logprobs")
+    n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    spec = _spec(body, prompt, body.max_completion_tokens or body.max_tokens, n_logprobs)
+    return _choices(spec, body.n or 1)
 
 
 def completion_specs(body: CompletionRequest) -> tuple[GenerationSpec, ...]:
-    """What a completion request wants generated, one for each of its prompts.
-
-    Raises InvalidRequest, Unsupported.
+    """What a completion request wants generated: the choices of its first prompt, then those of
+    the next. Raises InvalidRequest, Unsupported.
     """
     _refuse_unsupported(body)
-    return tuple(_spec(body, prompt, body.max_tokens) for prompt in _prompts(body.prompt))
+    prompts, n = _prompts(body.prompt), body.n or 1
+    if len(prompts) * n > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with {n} choices each are over {MAX_CHOICES} choices: "
+            "ask for fewer",
+            param="n",
+        )
+    return tuple(
+        replace(choice, echo=bool(body.echo))
+        for prompt in prompts
+        for choice in _choices(_spec(body, prompt, body.max_tokens, body.logprobs), n)
+    )
 
 
 def _refuse_unsupported(body: GenerationRequest) -> None:
@@ -96,11 +126,24 @@ def _refuse_unsupported(body: GenerationRequest) -> None:
         value = extra.get(name)
         if value is not None and value not in harmless:
             raise Unsupported(f"{name} is not supported here: leave it out", param=name)
+    if extra.get("best_of") not in (None, 1, body.n):
+        raise Unsupported("best_of is not supported here: ask for n choices", param="best_of")
     if extra.get("tools") and extra.get("tool_choice") != "none":
         raise Unsupported("tools are not supported here: leave them out", param="tools")
 
 
-def _spec(body: GenerationRequest, prompt: Prompt, max_tokens: int | None) -> GenerationSpec:
+def _choices(spec: GenerationSpec, n: int) -> tuple[GenerationSpec, ...]:
+    """`n` times the same, with seeds that follow each other: equal ones would draw equal texts."""
+    seed = spec.sampling.seed
+    if seed is None:
+        return (spec,) * n
+    seeds = ((seed + index) % 2**32 for index in range(n))
+    return tuple(replace(spec, sampling=structs.replace(spec.sampling, seed=s)) for s in seeds)
+
+
+def _spec(
+    body: GenerationRequest, prompt: Prompt, max_tokens: int | None, n_logprobs: int | None
+) -> GenerationSpec:
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(
@@ -115,6 +158,9 @@ def _spec(body: GenerationRequest, prompt: Prompt, max_tokens: int | None) -> Ge
         stop=_stops(body.stop),
         ignore_eos=bool(body.ignore_eos),
         min_ctx=(body.kvserve.ctx or 0) if body.kvserve is not None else 0,
+        cache_salt=_encodable(body.cache_salt or "", "cache_salt"),
+        n_logprobs=n_logprobs,
+        grammar=read_response_format(body.response_format),
     )
 
 
@@ -123,6 +169,12 @@ def _sampling(body: GenerationRequest) -> Sampling:
     values["repeat_penalty"] = (
         body.repetition_penalty if body.repeat_penalty is None else body.repeat_penalty
     )
+    _check_mirostat(body)
+    if body.dry_sequence_breakers is not None:
+        values["dry_sequence_breakers"] = tuple(
+            _encodable(text, f"dry_sequence_breakers[{index}]")
+            for index, text in enumerate(body.dry_sequence_breakers)
+        )
     if body.top_k is not None:
         values["top_k"] = max(0, body.top_k)
     if body.seed is not None:
@@ -131,6 +183,21 @@ def _sampling(body: GenerationRequest) -> Sampling:
     if body.logit_bias:
         values["logit_bias"] = {_token_id(k): v for k, v in body.logit_bias.items()}
     return Sampling(**{name: value for name, value in values.items() if value is not None})
+
+
+def _check_mirostat(body: GenerationRequest) -> None:
+    if not body.mirostat:
+        return
+    for name in _SHORTENING:
+        if getattr(body, name) is not None:
+            raise InvalidRequest(
+                f"mirostat takes the place of {name}: leave one of the two out", param=name
+            )
+    if body.temperature == 0:
+        raise InvalidRequest(
+            "mirostat draws at random: set a temperature above 0, or leave mirostat out",
+            param="mirostat",
+        )
 
 
 def _token_id(key: str) -> int:

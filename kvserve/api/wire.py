@@ -1,20 +1,20 @@
 """OpenAI's two response formats, whole and as chunks of a stream.
 
-A stream's chunks differ in one string, so each is that string between two prepared halves.
+A stream's chunks differ in their text and likelihoods, so each is those between prepared parts.
 """
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from kvserve.api.likelihoods import Entry, Json, chat_logprobs, completion_logprobs
 from kvserve.supervisor.admission import Done
 
-Json = dict[str, Any]
-
-# Stands where a chunk's string will be; random, so that no model name or fingerprint contains it.
+# Stand where a chunk's parts will be; random, so that no model name or fingerprint contains them.
 _HOLE = uuid.uuid4().hex
+_LOGPROBS_HOLE = uuid.uuid4().hex
 
 # Escaping all but ASCII keeps U+2028 and the like out of the stream: clients that split lines as
 # Unicode does would end an event there.
@@ -26,31 +26,48 @@ def encode(value: Json) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-def usage_of(ends: Sequence[Done]) -> Json:
-    """The `usage` object of one answer to several prompts."""
-    n_prompt = sum(end.n_prompt_tokens for end in ends)
+def usage_of(ends: Sequence[Done], n_choices: int = 1) -> Json:
+    """The `usage` object of one answer to several prompts, `n_choices` ends for each: a prompt
+    counts once, as its first choice found it in the cache."""
+    n_prompt = sum(end.n_prompt_tokens for end in ends[::n_choices])
     n_generated = sum(end.n_generated_tokens for end in ends)
+    n_cached = sum(end.n_cached_tokens for end in ends[::n_choices])
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
         "total_tokens": n_prompt + n_generated,
-        "prompt_tokens_details": {"cached_tokens": sum(end.n_cached_tokens for end in ends)},
+        "prompt_tokens_details": {"cached_tokens": n_cached},
     }
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer; `entries` are None where likelihoods are not wanted."""
+
+    text: str
+    reason: str
+    entries: tuple[Entry, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkWriter:
-    """Makes the chunks of one choice. `opening` precedes the text, None where nothing does."""
+    """Makes the chunks of one choice. `opening` precedes the text, None where nothing does;
+    `logprobs` writes likelihoods, None where they are not wanted."""
 
     opening: str | None
     before_text: str
     after_text: str
+    after_logprobs: str
     before_reason: str
     after_reason: str
+    logprobs: Callable[[Sequence[Entry]], Json] | None
 
-    def text(self, text: str) -> str:
-        """A chunk with new text."""
-        return f"{self.before_text}{_encode_string(text)}{self.after_text}"
+    def text(self, text: str, entries: Sequence[Entry] = ()) -> str:
+        """A chunk with new text and what is told of its tokens."""
+        start = f"{self.before_text}{_encode_string(text)}{self.after_text}"
+        if self.logprobs is None:
+            return start
+        return f"{start}{encode(self.logprobs(entries))}{self.after_logprobs}"
 
     def closing(self, reason: str) -> str:
         """The choice's last chunk."""
@@ -60,15 +77,22 @@ class ChunkWriter:
 class Format(Protocol):
     """One endpoint's way to write an answer that has an id already."""
 
-    def whole(self, texts: Sequence[str], ends: Sequence[Done], fingerprint: str) -> Json:
-        """The answer of a request that does not stream, one choice for each text."""
+    @property
+    def tells_end(self) -> bool:
+        """Whether likelihoods include the token that ends an answer."""
         ...
 
-    def writer(self, index: int, fingerprint: str, *, with_usage: bool) -> ChunkWriter:
+    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
+        """The answer of a request that does not stream."""
+        ...
+
+    def writer(
+        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+    ) -> ChunkWriter:
         """What writes the chunks of choice `index`; `with_usage` as OpenAI's include_usage."""
         ...
 
-    def usage_chunk(self, ends: Sequence[Done], fingerprint: str) -> str:
+    def usage_chunk(self, usage: Json, fingerprint: str) -> str:
         """The last chunk of a stream with include_usage."""
         ...
 
@@ -92,82 +116,113 @@ class _Answer:
         null_usage = {"usage": None} if with_usage else {}
         return encode({**self.head(kind, fingerprint), "choices": [choice], **null_usage})
 
-    def usage_chunk(self, kind: str, fingerprint: str, ends: Sequence[Done]) -> str:
-        return encode({**self.head(kind, fingerprint), "choices": [], "usage": usage_of(ends)})
+    def usage_chunk(self, kind: str, fingerprint: str, usage: Json) -> str:
+        return encode({**self.head(kind, fingerprint), "choices": [], "usage": usage})
 
 
 class ChatFormat:
     """`/v1/chat/completions`."""
 
+    tells_end = False
+
     def __init__(self, model: str, created: int) -> None:
         self._answer = _Answer(f"chatcmpl-{uuid.uuid4().hex}", model, created)
 
-    def whole(self, texts: Sequence[str], ends: Sequence[Done], fingerprint: str) -> Json:
+    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
         """A `chat.completion` object."""
-        choices = [
+        written = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": end.reason,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": None if choice.entries is None else chat_logprobs(choice.entries),
+                "finish_reason": choice.reason,
             }
-            for index, (text, end) in enumerate(zip(texts, ends, strict=True))
+            for index, choice in enumerate(choices)
         ]
         head = self._answer.head("chat.completion", fingerprint)
-        return {**head, "choices": choices, "usage": usage_of(ends)}
+        return {**head, "choices": written, "usage": usage}
 
-    def writer(self, index: int, fingerprint: str, *, with_usage: bool) -> ChunkWriter:
+    def writer(
+        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+    ) -> ChunkWriter:
         """Chunks whose first one names the role."""
 
-        def chunk(delta: Json, reason: str | None) -> str:
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        def chunk(delta: Json, reason: str | None, logprobs: str | None = None) -> str:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return self._answer.chunk(
                 "chat.completion.chunk", fingerprint, choice, with_usage=with_usage
             )
 
-        opening = chunk({"role": "assistant", "content": "", "refusal": None}, None)
-        return _chunk_writer(opening, chunk({"content": _HOLE}, None), chunk({}, _HOLE))
+        return _chunk_writer(
+            chunk({"role": "assistant", "content": "", "refusal": None}, None),
+            chunk({"content": _HOLE}, None, _LOGPROBS_HOLE if with_logprobs else None),
+            chunk({}, _HOLE),
+            chat_logprobs if with_logprobs else None,
+        )
 
-    def usage_chunk(self, ends: Sequence[Done], fingerprint: str) -> str:
+    def usage_chunk(self, usage: Json, fingerprint: str) -> str:
         """A `chat.completion.chunk` without choices."""
-        return self._answer.usage_chunk("chat.completion.chunk", fingerprint, ends)
+        return self._answer.usage_chunk("chat.completion.chunk", fingerprint, usage)
 
 
 class CompletionFormat:
     """`/v1/completions`."""
 
+    # lm-eval takes the last token of an echo for the one that was generated, whatever it is.
+    tells_end = True
+
     def __init__(self, model: str, created: int) -> None:
         self._answer = _Answer(f"cmpl-{uuid.uuid4().hex}", model, created)
 
-    def whole(self, texts: Sequence[str], ends: Sequence[Done], fingerprint: str) -> Json:
+    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
         """A `text_completion` object."""
-        choices = [
-            _text_choice(index, text, end.reason)
-            for index, (text, end) in enumerate(zip(texts, ends, strict=True))
+        written = [
+            _text_choice(
+                index,
+                choice.text,
+                choice.reason,
+                None if choice.entries is None else completion_logprobs(choice.entries),
+            )
+            for index, choice in enumerate(choices)
         ]
         head = self._answer.head("text_completion", fingerprint)
-        return {**head, "choices": choices, "usage": usage_of(ends)}
+        return {**head, "choices": written, "usage": usage}
 
-    def writer(self, index: int, fingerprint: str, *, with_usage: bool) -> ChunkWriter:
+    def writer(
+        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+    ) -> ChunkWriter:
         """Chunks of text."""
 
-        def chunk(text: str, reason: str | None) -> str:
-            choice = _text_choice(index, text, reason)
+        def chunk(text: str, reason: str | None, logprobs: str | None = None) -> str:
+            choice = _text_choice(index, text, reason, logprobs)
             return self._answer.chunk("text_completion", fingerprint, choice, with_usage=with_usage)
 
-        return _chunk_writer(None, chunk(_HOLE, None), chunk("", _HOLE))
+        return _chunk_writer(
+            None,
+            chunk(_HOLE, None, _LOGPROBS_HOLE if with_logprobs else None),
+            chunk("", _HOLE),
+            completion_logprobs if with_logprobs else None,
+        )
 
-    def usage_chunk(self, ends: Sequence[Done], fingerprint: str) -> str:
+    def usage_chunk(self, usage: Json, fingerprint: str) -> str:
         """A `text_completion` without choices."""
-        return self._answer.usage_chunk("text_completion", fingerprint, ends)
+        return self._answer.usage_chunk("text_completion", fingerprint, usage)
 
 
-def _text_choice(index: int, text: str, reason: str | None) -> Json:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _text_choice(index: int, text: str, reason: str | None, logprobs: Json | str | None) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _chunk_writer(opening: str | None, with_text: str, with_reason: str) -> ChunkWriter:
+def _chunk_writer(
+    opening: str | None,
+    with_text: str,
+    with_reason: str,
+    logprobs: Callable[[Sequence[Entry]], Json] | None,
+) -> ChunkWriter:
     hole = _encode_string(_HOLE)
-    before_text, _, after_text = with_text.partition(hole)
+    before_text, _, rest = with_text.partition(hole)
+    after_text, _, after_logprobs = rest.partition(_encode_string(_LOGPROBS_HOLE))
     before_reason, _, after_reason = with_reason.partition(hole)
-    return ChunkWriter(opening, before_text, after_text, before_reason, after_reason)
+    return ChunkWriter(
+        opening, before_text, after_text, after_logprobs, before_reason, after_reason, logprobs
+    )

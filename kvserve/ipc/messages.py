@@ -43,7 +43,9 @@ class Load(Message, frozen=True):
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are drawn. Field names and meanings are llama.cpp's and the OpenAI API's.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `seed` None draws one.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `xtc_probability` 0 are off, and so is DRY
+    with `dry_multiplier` 0. `mirostat` 1 or 2 takes the place of all that shortens the list of
+    tokens. `seed` None draws one.
     """
 
     temperature: float = 1.0
@@ -55,6 +57,16 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int | None = None
     logit_bias: dict[int, float] = {}
 
@@ -106,7 +118,8 @@ class Generate(Message, frozen=True):
     tokens that an earlier worker already generated for this request: their text was delivered and
     is not sent again. Cached prefixes are shared only between requests of the same
     `cache_salt`. `n_logprobs` asks for the log probability of each token, and of that many most
-    likely ones beside it.
+    likely ones beside it. `echo` asks for the prompt's text, and with `n_logprobs` for the
+    likelihoods of its tokens too.
     """
 
     id: int
@@ -121,6 +134,7 @@ class Generate(Message, frozen=True):
     cache_salt: str = ""
     n_logprobs: int | None = None
     grammar: Grammar | None = None
+    echo: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -253,6 +267,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[Likelihood, ...]
 
 
+class Echo(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt of a request with `echo`, in the same step as its first token or its end.
+
+    `pieces` are the bytes of all its tokens. `logprobs` are there where the request wants any:
+    those of every token but the first, which nothing precedes.
+    """
+
+    id: int
+    pieces: tuple[bytes, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -272,7 +298,7 @@ class Step(Message, frozen=True):
 
     Sent also for a step that only prefills, as a sign of life. `n_cells_used` are KV cells of
     running requests, `n_cells_kept` those that hold prefixes for later ones and count as free.
-    `logprobs` are there for requests with `n_logprobs`.
+    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -281,6 +307,7 @@ class Step(Message, frozen=True):
     n_cells_used: int = 0
     n_cells_kept: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    echoes: tuple[Echo, ...] = ()
 
 
 class Failed(Message, frozen=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from kvserve.errors import KvserveError
-from kvserve.ipc.messages import Generate, Prompt, Sampling
+from kvserve.ipc.messages import Generate, Grammar, Prompt, Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,10 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     min_ctx: int = 0
+    cache_salt: str = ""
+    n_logprobs: int | None = None
+    grammar: Grammar | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,25 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Echoed:
+    """The prompt of a request with `echo`: the bytes of its tokens, and the likelihoods of all but
+    the first where the request has `n_logprobs`."""
+
+    pieces: tuple[bytes, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
-    """New text, never cut inside a character or inside a stop string."""
+    """New text, never cut inside a character or inside a stop string.
+
+    `logprobs` are those of `tokens`, of all drawn since the last event: their text may still be
+    held back, and `text` may be empty.
+    """
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +76,15 @@ class Done:
     stop_text: str | None
 
 
-TicketEvent = Served | Text | Done
+TicketEvent = Served | Echoed | Text | Done
 
 
 class Ticket:
     """The caller's hold on one request: iterate for its events, `cancel` to give it up.
 
-    The events are one `Served`, any number of `Text`, one `Done`; iteration ends after `Done` and
-    raises the request's KvserveError where it failed. Leaving `async with` cancels what still runs.
+    The events are one `Served`, one `Echoed` where the request has `echo`, any number of `Text`,
+    one `Done`; iteration ends after `Done` and raises the request's KvserveError where it failed.
+    Leaving `async with` cancels what still runs.
     """
 
     def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
@@ -121,6 +140,7 @@ class Job:
     settled: bool = False
     token_at: float | None = None
     n_interrupted: int | None = None
+    echoed: bool = False
 
     def note_interruption(self) -> None:
         """The worker that had it is being replaced."""
@@ -139,6 +159,10 @@ class Job:
             ignore_eos=self.spec.ignore_eos,
             resume=tuple(self.tokens),
             may_grow=may_grow and not self.settled,
+            cache_salt=self.spec.cache_salt,
+            n_logprobs=self.spec.n_logprobs,
+            grammar=self.spec.grammar,
+            echo=self.spec.echo and not self.echoed,
         )
 
 

@@ -15,8 +15,17 @@ from kvserve.errors import (
     WorkerFailed,
     revive,
 )
-from kvserve.ipc.messages import Cancel, ChatPrompt, End, Failed, NeedsContext, Started, Step
-from kvserve.supervisor.admission import Done, Job, Served, Text, WaitingLine
+from kvserve.ipc.messages import (
+    Cancel,
+    ChatPrompt,
+    End,
+    Failed,
+    NeedsContext,
+    Started,
+    Step,
+    TokenLogprobs,
+)
+from kvserve.supervisor.admission import Done, Echoed, Job, Served, Text, WaitingLine
 from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Worker
 
@@ -113,14 +122,23 @@ class Requests:
         """Deliver one decode step."""
         self.n_cells_used = message.n_cells_used
         self._observer.step(message.n_prefilled, sum(len(d.tokens) for d in message.deltas))
+        for echo in message.echoes:
+            job = self.running.get(echo.id)
+            if job is not None:
+                job.echoed = True
+                job.ticket.put(Echoed(echo.pieces, echo.logprobs))
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for one in message.logprobs:
+            logprobs.setdefault(one.id, []).append(one)
         for delta in message.deltas:
             job = self.running.get(delta.id)
             if job is None:
                 continue
             self._note_tokens(job, len(delta.tokens))
             job.tokens.extend(delta.tokens)
-            if delta.text:
-                job.ticket.put(Text(text=delta.text, tokens=delta.tokens))
+            likelihoods = tuple(logprobs.get(delta.id, ()))
+            if delta.text or likelihoods:
+                job.ticket.put(Text(delta.text, delta.tokens, likelihoods))
         for end in message.ends:
             self._complete(end)
 

@@ -7,7 +7,6 @@ import os
 import queue
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvserve.ipc.channel import WorkerChannel
@@ -15,6 +14,7 @@ from kvserve.ipc.messages import (
     Cancel,
     CarryReport,
     Delta,
+    Echo,
     End,
     Failed,
     Generate,
@@ -28,20 +28,19 @@ from kvserve.ipc.messages import (
 from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.drawing import Drawer, Wish
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
-from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
-from kvserve.worker.sampling import Row, Sampler
+from kvserve.worker.sampling import Sampler
 from kvserve.worker.scheduler import Batch as Plan
 from kvserve.worker.scheduler import Scheduler
+from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation
 
 _MOST_SAMPLING_THREADS = 8
-
-_Drawn = tuple[int, TokenLogprobs | None]
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
 
@@ -53,21 +52,8 @@ class _Job:
     sampler: Sampler
     n_logprobs: int | None = None
     constraint: Constraint | None = None
+    echo: PromptEcho | None = None
     started: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """A row of logits to draw from: the batch's token `output`."""
-
-    job: _Job
-    output: int
-    row: Row
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether it is worth a thread: an argmax takes microseconds."""
-        return not self.job.sampler.greedy or self.job.n_logprobs is not None
 
 
 class Engine:
@@ -106,7 +92,7 @@ class Engine:
             deliver=inbox.put,
         )
         n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
-        self._pool = ThreadPoolExecutor(n_threads, "sample") if n_threads > 1 else None
+        self._drawer = Drawer(n_threads, context.vocab.piece)
 
     def take_in(self, incoming: Incoming) -> CarryReport:
         """Bring what an earlier worker left into the cache, before `run`."""
@@ -175,15 +161,20 @@ class Engine:
             prepared.sampler,
             prepared.n_logprobs,
             prepared.constraint,
+            prepared.echo,
         )
-        if job.generation.finish is None:
+        generation, echo = job.generation, job.echo
+        if generation.finish is None or (echo is not None and not echo.complete):
             self._jobs[job.id] = job
-            generation = job.generation
-            self._scheduler.add(job.id, generation.buffer, generation.n_tokens, prepared.salt)
+            n_to_score = 0 if echo is None else echo.n_to_score
+            self._scheduler.add(
+                job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
+            )
             return
         self._channel.send(Started(job.id, job.generation.n_prompt))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
-        self._send_step(deltas, (_end(job, 0),))
+        echoes = () if echo is None else (echo.message(),)
+        self._send_step(deltas, (_end(job, 0),), echoes=echoes)
 
     def _forget(self, request: int, *, broken: bool = False) -> None:
         if self._jobs.pop(request, None) is not None:
@@ -202,11 +193,12 @@ class Engine:
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        draws = self._draws(plan)
-        deltas, ends, logprobs = [], [], []
+        wishes = self._wishes(plan)
+        deltas, logprobs = [], []
         outgrown: list[_Job] = []
-        for draw, (token, likelihoods) in zip(draws, self._sample(draws), strict=True):
-            job = draw.job
+        echoes, ends = self._take_echoes(plan)
+        for wish, (token, likelihoods) in zip(wishes, self._drawer.draw(wishes), strict=True):
+            job = self._jobs[wish.id]
             if job.constraint is not None and job.constraint.error is not None:
                 self._refuse(job, job.constraint.error)
                 continue
@@ -220,10 +212,25 @@ class Engine:
             else:
                 ends.append(_end(job, self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
-        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs))
+        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs), echoes)
         for job in outgrown:
             self._channel.send(NeedsContext(job.id, job.generation.n_tokens))
             self._forget(job.id)
+
+    def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
+        """The prompts that are ready to be sent back, and the ends of requests that wanted no
+        more than that."""
+        echoes, ends = [], []
+        for chunk in plan.chunks:
+            job = self._jobs[chunk.id]
+            if job.echo is None or not job.echo.complete or not (chunk.last or chunk.scored):
+                continue
+            echoes.append(job.echo.message())
+            job.echo = None
+            if job.generation.finish is not None:
+                ends.append(_end(job, self._scheduler.n_cached(job.id)))
+                self._forget(job.id)
+        return tuple(echoes), ends
 
     def _change_memory(self, operations: tuple[Operation, ...]) -> None:
         context = self._context
@@ -246,6 +253,7 @@ class Engine:
                 chunk.start,
                 chunk.slot,
                 last=chunk.last,
+                scored=chunk.scored,
             )
         try:
             self._context.decode(batch)
@@ -273,29 +281,20 @@ class Engine:
         message = f"the grammar cannot be followed: {problem}"
         self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
 
-    def _draws(self, plan: Plan) -> list[_Draw]:
-        wanted = [chunk for chunk in plan.chunks if chunk.last]
-        if not wanted:
+    def _wishes(self, plan: Plan) -> list[Wish]:
+        n_outputs = len(self._batch.outputs)
+        if not n_outputs:
             return []
-        rows = self._context.logits(len(wanted))
-        return [
-            _Draw(self._jobs[chunk.id], output, row)
-            for chunk, output, row in zip(wanted, self._batch.outputs, rows, strict=True)
-        ]
-
-    def _sample(self, draws: list[_Draw]) -> list[_Drawn]:
-        if self._pool is not None and sum(draw.is_slow for draw in draws) > 1:
-            return list(self._pool.map(self._sample_one, draws))
-        return [self._sample_one(draw) for draw in draws]
-
-    def _sample_one(self, draw: _Draw) -> _Drawn:
-        job = draw.job
-        if job.n_logprobs is None:
-            return job.sampler.sample(self._context, draw.output, draw.row), None
-        untouched = draw.row.copy()
-        token = job.sampler.sample(self._context, draw.output, draw.row)
-        piece = self._context.vocab.piece
-        return token, token_logprobs(job.id, untouched, token, job.n_logprobs, piece)
+        rows = self._context.logits(n_outputs)
+        wishes, first = [], 0
+        for chunk in plan.chunks:
+            job, end = self._jobs[chunk.id], first + chunk.n_outputs
+            if chunk.scored and job.echo is not None:
+                job.echo.take(chunk.start, rows[first:end])
+            elif chunk.last:
+                wishes.append(Wish(job.id, rows[first], job.sampler, job.n_logprobs))
+            first = end
+        return wishes
 
     def _accept(self, job: _Job, token: int) -> Delta:
         vocab = self._context.vocab
@@ -311,9 +310,10 @@ class Engine:
         ends: tuple[End, ...],
         n_prefilled: int = 0,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        echoes: tuple[Echo, ...] = (),
     ) -> None:
         cache = self._cache
-        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs)
+        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs, echoes)
         self._channel.send(step)
 
 

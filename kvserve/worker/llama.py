@@ -225,61 +225,27 @@ class Batch:
         self.n_tokens = self.raw.n_tokens = 0
         self.outputs.clear()
 
-    def add(self, tokens: NDArray[np.int32], start: int, slot: int, *, last: bool) -> None:
+    def add(
+        self,
+        tokens: NDArray[np.int32],
+        start: int,
+        slot: int,
+        *,
+        last: bool,
+        scored: bool = False,
+    ) -> None:
         """Append `tokens` at positions `start` and on of sequence `slot`; `last` asks for the
-        logits of the final one, whose index is then appended to `outputs`."""
+        logits of the final one, `scored` for those of all. Whose logits are wanted is appended to
+        `outputs`, as an index into the batch."""
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[begin:end] = tokens
         self._pos[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
         self._slot[begin:end] = slot
-        if last:
-            self._wanted[end - 1] = 1
-            self.outputs.append(end - 1)
+        if last or scored:
+            first = begin if scored else end - 1
+            self._wanted[first:end] = 1
+            self.outputs.extend(range(first, end))
         self.n_tokens = self.raw.n_tokens = end
-
-
-class Chain:
-    """A llama.cpp sampler chain: top-k, typical, top-p, min-p, temperature, then a draw.
-
-    Values that switch a step off leave it out. Needs `temperature` above 0.
-    """
-
-    def __init__(
-        self, *, top_k: int, typical_p: float, top_p: float, min_p: float, temperature: float,
-        seed: int, n_drawn: int,
-    ) -> None:  # fmt: skip
-        self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
-        draw = ll.llama_sampler_init_dist(seed)
-        _skip_draws(draw, n_drawn)
-        if top_k > 0:
-            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_top_k(top_k))
-        if typical_p < 1:
-            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_typical(typical_p, 1))
-        if top_p < 1:
-            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_top_p(top_p, 1))
-        if min_p > 0:
-            ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_min_p(min_p, 1))
-        ll.llama_sampler_chain_add(self._chain, ll.llama_sampler_init_temp(temperature))
-        ll.llama_sampler_chain_add(self._chain, draw)
-
-    def sample(self, context: "Context", output: int) -> int:
-        """Draw from the logits of the batch's token `output`. Thread-safe for different chains,
-        once `Context.logits` was called for this batch; drops the GIL."""
-        token: int = ll.llama_sampler_sample(self._chain, context.raw, output)
-        return token
-
-    def __del__(self) -> None:
-        ll.llama_sampler_free(self._chain)
-
-
-def _skip_draws(draw: object, n_drawn: int) -> None:
-    """Bring a fresh generator to where `n_drawn` tokens leave it: `dist` takes one number for
-    each token, also where it has no choice (llama.cpp src/llama-sampler.cpp)."""
-    only = ll.llama_token_data(id=0, logit=0.0, p=0.0)
-    choice = ll.llama_token_data_array(data=ctypes.pointer(only), size=1, selected=0, sorted=True)
-    pointer = ctypes.byref(choice)
-    for _ in range(n_drawn):
-        ll.llama_sampler_apply(draw, pointer)
 
 
 class Context:

@@ -18,6 +18,7 @@ from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraint, GrammarCompiler
 from kvserve.worker.llama import Vocab
 from kvserve.worker.sampling import Sampler
+from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation, Limits, Tokens
 
 
@@ -33,6 +34,7 @@ class Prepared:
     salt: str = ""
     n_logprobs: int | None = None
     constraint: Constraint | None = None
+    echo: PromptEcho | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +126,9 @@ class Preparer:
         sampler = Sampler(
             request.sampling,
             generation,
-            n_vocab=vocab.n_tokens,
             forbidden=vocab.forbidden_tokens,
             end_tokens=vocab.end_tokens if bans_ends else np.empty(0, dtype=np.int64),
+            piece=vocab.piece,
             constraint=constraint,
         )
         return Prepared(
@@ -137,6 +139,9 @@ class Preparer:
             salt=request.cache_salt,
             n_logprobs=request.n_logprobs,
             constraint=constraint,
+            echo=PromptEcho(request.id, prompt, request.n_logprobs, vocab.piece)
+            if request.echo
+            else None,
         )
 
     def _tokens(self, request: Generate) -> Tokens:

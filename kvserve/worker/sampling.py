@@ -1,35 +1,44 @@
 """Drawing a token from one row of logits.
 
-Biases, penalties and bans are written into the row with NumPy, and only the draw itself is
-llama.cpp's: its own penalty step looks every token of the vocabulary up in a hash map (0.17 ms
-against 0.01 ms with 262,144 tokens), and a ban can be lifted without rebuilding a chain.
+Biases, penalties, bans and grammars are written into the row with NumPy, the tokens that the draw
+can fall on are looked up with NumPy (`shortlist`), and llama.cpp draws one of those. Its own chains
+take 2 to 20 times as long over a whole vocabulary of 262,144 tokens, and its penalty step looks
+every token up in a hash map (0.17 ms against 0.01 ms).
 """
 
 import math
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvserve.ipc.messages import Sampling
+from kvserve.worker.penalties import Dry, Penalties, bounded
+from kvserve.worker.shortlist import (
+    BLOCK,
+    NEVER,
+    above,
+    largest,
+    nucleus,
+    typical,
+    without_top_choices,
+)
 
 if TYPE_CHECKING:
+    from kvserve.worker.dice import Dice
     from kvserve.worker.grammar import Constraint
-    from kvserve.worker.llama import Context
     from kvserve.worker.sequences import Generation
 
-_BANNED = -1e9
 _RANDOM_SEED = 0xFFFFFFFF
 """The seed that llama.cpp takes for "draw one yourself" (LLAMA_DEFAULT_SEED)."""
 _GREEDY_BELOW = 1e-4
 
 Row = NDArray[np.float32]
-
-
-def bounded(value: float, low: float, high: float, default: float) -> float:
-    """`value` within its limits; `default` for what is not finite. No NaN may reach C."""
-    return min(max(value, low), high) if math.isfinite(value) else default
+Ids = NDArray[np.intp]
+Draw = Callable[[Row], int]
 
 
 def fold_seed(seed: int | None) -> int:
@@ -40,50 +49,13 @@ def fold_seed(seed: int | None) -> int:
     return folded if folded != _RANDOM_SEED else 0
 
 
-class Penalties:
-    """The OpenAI presence and frequency penalties, and llama.cpp's repeat penalty.
-
-    Presence and frequency look at the generated tokens, repeat at the last `repeat_last_n` of
-    prompt and answer (-1: all).
-    """
-
-    __slots__ = ("_frequency", "_penalty", "_presence", "_repeat", "_seen", "_window")
-
-    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
-        self._repeat = bounded(sampling.repeat_penalty, 0.01, 100.0, 1.0)
-        self._window = sampling.repeat_last_n
-        self._presence = bounded(sampling.presence_penalty, -100.0, 100.0, 0.0)
-        self._frequency = bounded(sampling.frequency_penalty, -100.0, 100.0, 0.0)
-        counted = self._presence != 0 or self._frequency != 0
-        self._penalty = np.zeros(n_vocab, dtype=np.float32) if counted else None
-        self._seen: set[int] = set()
-
-    def accept(self, token: int) -> None:
-        """Count a generated token."""
-        if self._penalty is None:
-            return
-        self._penalty[token] += self._frequency
-        if token not in self._seen:
-            self._seen.add(token)
-            self._penalty[token] += self._presence
-
-    def apply(self, row: Row, tokens: NDArray[np.int32]) -> None:
-        """Lower the logits; `tokens` are prompt and answer so far."""
-        if self._repeat != 1 and self._window != 0:
-            recent = tokens[-self._window :] if self._window > 0 else tokens
-            values = row[recent]
-            # A negative logit is multiplied, as in llama.cpp: dividing would favour the token.
-            row[recent] = np.where(values > 0, values / self._repeat, values * self._repeat)
-        if self._penalty is not None:
-            row -= self._penalty
-
-
 class Sampler:
     """Draws the tokens of one generation, of those that `constraint` allows.
 
-    `forbidden` are never drawn, `end_tokens` not before `min_tokens` or with `ignore_eos`.
-    A generation with a seed gives the same tokens after it was resumed as without: the generator
-    goes on where the tokens already generated left it.
+    `forbidden` are never drawn, `end_tokens` not before `min_tokens` or with `ignore_eos`; `piece`
+    gives a token's bytes. A generation with a seed gives the same tokens after it was resumed as
+    without: the generator goes on where the tokens already generated left it. (Mirostat forgets
+    what they cost.)
     """
 
     def __init__(
@@ -91,52 +63,39 @@ class Sampler:
         sampling: Sampling,
         generation: "Generation",
         *,
-        n_vocab: int,
         forbidden: NDArray[np.int64],
         end_tokens: NDArray[np.int64],
+        piece: Callable[[int], bytes],
         constraint: "Constraint | None" = None,
     ) -> None:
         self._constraint = constraint
         self._generation = generation
         self._forbidden = forbidden
         self._end_tokens = end_tokens
-        self._penalties = Penalties(sampling, n_vocab)
+        self._penalties = Penalties(sampling)
         for token in generation.tokens[generation.n_prompt :].tolist():
             self._penalties.accept(token)
+        dry = sampling.dry_multiplier > 0
+        self._dry = Dry(sampling, generation.tokens, piece) if dry else None
         bias = sampling.logit_bias
         self._biased = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
         self._bias = np.fromiter(
-            (bounded(value, _BANNED, 1e9, 0.0) for value in bias.values()),
+            (bounded(value, NEVER, 1e9, 0.0) for value in bias.values()),
             dtype=np.float32,
             count=len(bias),
         )
         temperature = bounded(sampling.temperature, 0.0, 100.0, 1.0)
-        self._chain = None
-        if temperature >= _GREEDY_BELOW:
-            from kvserve.worker.llama import Chain  # noqa: PLC0415 tests here need no llama.cpp
+        self.greedy = temperature < _GREEDY_BELOW
+        self._draw = _argmax if self.greedy else _draw(sampling, temperature, generation)
 
-            self._chain = Chain(
-                top_k=min(max(sampling.top_k, 0), n_vocab),
-                typical_p=bounded(sampling.typical_p, 0.0, 1.0, 1.0),
-                top_p=bounded(sampling.top_p, 0.0, 1.0, 1.0),
-                min_p=bounded(sampling.min_p, 0.0, 1.0, 0.0),
-                temperature=temperature,
-                seed=fold_seed(sampling.seed),
-                n_drawn=generation.n_generated,
-            )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the draw is an argmax: microseconds, not worth a thread."""
-        return self._chain is None
-
-    def sample(self, context: "Context", output: int, row: Row) -> int:
-        """Draw the next token. `row` is the view of the batch's token `output` in
-        `Context.logits`, and is changed. Thread-safe for different generations."""
+    def sample(self, row: Row) -> int:
+        """Draw the next token from a row of logits, which is changed. Thread-safe for different
+        generations."""
         self.edit(row)
-        chain = self._chain
-        token = int(row.argmax()) if chain is None else chain.sample(context, output)
+        token = self._draw(row)
         self._penalties.accept(token)
+        if self._dry is not None:
+            self._dry.accept(token)
         if self._constraint is not None:
             self._constraint.accept(token)
         return token
@@ -146,8 +105,86 @@ class Sampler:
         limits = self._generation.limits
         row[self._biased] += self._bias
         self._penalties.apply(row, self._generation.tokens)
-        row[self._forbidden] = _BANNED
+        if self._dry is not None:
+            self._dry.apply(row, self._generation.tokens)
+        row[self._forbidden] = NEVER
         if limits.ignore_eos or self._generation.n_generated < limits.min_tokens:
-            row[self._end_tokens] = _BANNED
+            row[self._end_tokens] = NEVER
         if self._constraint is not None:
             self._constraint.apply(row)
+
+
+def _argmax(row: Row) -> int:
+    return int(row.argmax())
+
+
+class _Shortlisted:
+    """Shortens the list of tokens as llama.cpp does and in its order, and draws from it."""
+
+    def __init__(self, sampling: Sampling, temperature: float, dice: Callable[..., "Dice"]) -> None:
+        self._top_k = max(sampling.top_k, 0)
+        self._typical_p = bounded(sampling.typical_p, 0.0, 1.0, 1.0)
+        self._top_p = bounded(sampling.top_p, 0.0, 1.0, 1.0)
+        min_p = bounded(sampling.min_p, 0.0, 1.0, 0.0)
+        self._depth = math.log(min_p) if min_p > 0 else -math.inf
+        self._xtc_probability = bounded(sampling.xtc_probability, 0.0, 1.0, 0.0)
+        self._xtc_threshold = bounded(sampling.xtc_threshold, 0.0, 1.0, 0.1)
+        self._temperature = np.float32(temperature)
+        self._dice = dice()
+        self._xtc_dice = dice(stream=1) if self._xtc_probability > 0 else None
+
+    def __call__(self, row: Row) -> int:
+        ids = largest(row, self._top_k) if self._top_k else None
+        logits = row if ids is None else row[ids]
+        if self._typical_p < 1:
+            ids, logits = _keep(typical(logits, self._typical_p), ids, logits)
+        if self._top_p < 1:
+            ids, logits = _keep(nucleus(logits, self._top_p), ids, logits)
+        if self._depth > -math.inf:
+            ids, logits = _keep(above(logits, float(logits.max()) + self._depth), ids, logits)
+        if self._xtc_dice is not None and self._xtc_dice.happens(self._xtc_probability):
+            kept = without_top_choices(logits, self._xtc_threshold)
+            ids, logits = _keep(kept, ids, logits)
+        drawn = self._dice.draw(logits / self._temperature)
+        return drawn if ids is None else int(ids[drawn])
+
+
+def _keep(kept: Ids, ids: Ids | None, logits: Row) -> tuple[Ids, Row]:
+    return (kept if ids is None else ids[kept]), logits[kept]
+
+
+class _Whole:
+    """Draws from all tokens: first a block of them, then one in there."""
+
+    def __init__(self, temperature: float, dice: Callable[..., "Dice"]) -> None:
+        self._temperature = np.float32(temperature)
+        self._block_dice = dice()
+        self._dice = dice(stream=1)
+
+    def __call__(self, row: Row) -> int:
+        logits = (row - row.max()) / self._temperature
+        starts = np.arange(0, len(row), BLOCK)
+        with np.errstate(divide="ignore"):
+            blocks = np.log(np.add.reduceat(np.exp(logits), starts))
+        start = int(starts[self._block_dice.draw(blocks)])
+        return start + self._dice.draw(logits[start : start + BLOCK])
+
+
+def _draw(sampling: Sampling, temperature: float, generation: "Generation") -> Draw:
+    # Here since tests of all else need no llama.cpp.
+    from kvserve.worker.dice import Dice  # noqa: PLC0415
+    from kvserve.worker.mirostat import Mirostat  # noqa: PLC0415
+
+    dice = partial(Dice, fold_seed(sampling.seed), generation.n_generated)
+    if sampling.mirostat in (1, 2):
+        tau = bounded(sampling.mirostat_tau, 0.0, 100.0, 5.0)
+        eta = bounded(sampling.mirostat_eta, 0.0, 1.0, 0.1)
+        return Mirostat(sampling.mirostat, tau, eta, temperature, dice()).sample
+    shortens = (
+        sampling.top_k > 0
+        or sampling.typical_p < 1
+        or sampling.top_p < 1
+        or sampling.min_p > 0
+        or sampling.xtc_probability > 0
+    )
+    return _Shortlisted(sampling, temperature, dice) if shortens else _Whole(temperature, dice)

@@ -23,7 +23,8 @@ _GROWTH_CELLS = 16
 class Chunk:
     """Tokens `start` to `start + count` of request `id`, for sequence slot `slot`.
 
-    `last` says that these are the last tokens known, so the model's output is wanted.
+    `last` says that these are the last tokens known, so the model's output is wanted. Of a chunk
+    that is `scored` the output of every token is wanted.
     """
 
     id: int
@@ -31,6 +32,12 @@ class Chunk:
     start: int
     count: int
     last: bool
+    scored: bool = False
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of logits that the chunk makes."""
+        return self.count if self.scored else int(self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,9 @@ class Batch:
 @dataclass(slots=True, eq=False)
 class _Entry:
     """A request. `tokens[:n_tokens]` are known. It has a `sequence` from its first chunk on;
-    until then it may wait for the `n_shared` first tokens that `leader` is about to decode."""
+    until then it may wait for the `n_shared` first tokens that `leader` is about to decode. The
+    outputs of its first `n_to_score` tokens are wanted; those of `n_scored` were computed before
+    it was preempted."""
 
     id: int
     tokens: Tokens
@@ -67,10 +76,21 @@ class _Entry:
     n_shared: int = 0
     n_cached: int | None = None
     decoding: bool = False
+    n_to_score: int = 0
+    n_scored: int = 0
 
     @property
     def known(self) -> Tokens:
         return self.tokens[: self.n_tokens]
+
+    @property
+    def reusable(self) -> Tokens:
+        """The tokens that a cached beginning may stand for, and one more."""
+        return self.known if self.all_scored else self.tokens[: self.n_scored + 1]
+
+    @property
+    def all_scored(self) -> bool:
+        return max(self.n_past, self.n_scored) >= self.n_to_score
 
     @property
     def n_past(self) -> int:
@@ -119,12 +139,15 @@ class Scheduler:
         running = (entry.sequence for entry in self._running if entry.sequence is not None)
         return (*running, *self.cache.kept)
 
-    def add(self, request: int, tokens: Tokens, n_tokens: int, salt: str = "") -> None:
+    def add(
+        self, request: int, tokens: Tokens, n_tokens: int, salt: str = "", n_to_score: int = 0
+    ) -> None:
         """Put a request at the end of the line. `tokens[:n_tokens]` are known; the caller writes
-        every token drawn behind them before it calls `grow`."""
+        every token drawn behind them before it calls `grow`. The outputs of the first `n_to_score`
+        tokens, not the last known one, are wanted too."""
         if not 0 < n_tokens <= self.n_cells:
             raise ValueError(f"{n_tokens} tokens do not fit {self.n_cells} cells")
-        self._waiting.append(_Entry(request, tokens, n_tokens, salt))
+        self._waiting.append(_Entry(request, tokens, n_tokens, salt, n_to_score=n_to_score))
 
     def n_cached(self, request: int) -> int:
         """Tokens of a running request that were in the cache when it was admitted first."""
@@ -157,7 +180,7 @@ class Scheduler:
         prefilling = [entry for entry in self._running if entry.sequence and not entry.decoding]
         chunks = [_chunk(entry, 1) for entry in decoding]
         budget = min(max(n_prefill_max, 1), self.n_batch - len(decoding))
-        shares = _share(prefilling, budget)
+        shares = _share(prefilling, budget, self._n_outputs_each())
         chunks += [_chunk(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
         self.cache.make_room(len(decoding) + n_prefill)
@@ -201,6 +224,7 @@ class Scheduler:
 
     def _leave_cache(self, entry: _Entry, *, broken: bool) -> None:
         if entry.sequence is not None:
+            entry.n_scored = max(entry.n_scored, entry.n_past)
             (self.cache.drop if broken else self.cache.keep)(entry.sequence)
         entry.sequence = entry.leader = None
         entry.n_shared = 0
@@ -215,7 +239,7 @@ class Scheduler:
         admitted = []
         while self._waiting and len(self._running) < self.n_slots and not self._closed:
             entry = self._waiting[0]
-            reuse = self.cache.find(entry.known, entry.salt)
+            reuse = self.cache.find(entry.reusable, entry.salt)
             self._follow(entry, self._running, reuse)
             n_new = entry.n_promised - (reuse.n_pinned if reuse and entry.leader is None else 0)
             growth = _GROWTH_CELLS * len(self._running)
@@ -233,13 +257,14 @@ class Scheduler:
         entry.sequence = self.cache.open(entry.tokens, entry.salt, reuse)
         if entry.n_cached is None:
             entry.n_cached = entry.sequence.n_cells
-            self.cache.observe(entry.known, entry.salt, entry.n_cached)
+            if not entry.n_to_score:
+                self.cache.observe(entry.known, entry.salt, entry.n_cached)
 
     def _follow(self, entry: _Entry, others: list[_Entry], reuse: Reuse | None) -> None:
         """Let a request wait for an older one that is decoding the same tokens just now, and share
         its cells then, where that saves more than what is cached already."""
         entry.leader, entry.n_shared = None, 0
-        if not self.cache.rules.cuts_anywhere:
+        if not self.cache.rules.cuts_anywhere or not entry.all_scored:
             return
         n_worth = self.cache.shortest + (reuse.n_tokens if reuse else 0)
         for other in others:
@@ -257,7 +282,7 @@ class Scheduler:
             alive = any(entry.leader is other for other in older)
             if alive and entry.leader.n_past < entry.n_shared:
                 continue
-            reuse = self.cache.find(entry.known, entry.salt)
+            reuse = self.cache.find(entry.reusable, entry.salt)
             self._follow(entry, older, reuse)
             if entry.leader is None:
                 self._begin(entry, reuse)
@@ -265,22 +290,35 @@ class Scheduler:
     def _n_cells_promised(self) -> int:
         return self.cache.n_pinned + sum(entry.n_promised for entry in self._running)
 
+    def _n_outputs_each(self) -> int:
+        """The most outputs of one scored chunk: a batch makes at most `n_slots`, and everyone who
+        runs may want one."""
+        n_scoring = sum(not entry.all_scored for entry in self._running)
+        return (self.n_slots - len(self._running) + n_scoring) // max(n_scoring, 1)
 
-def _share(prefilling: list[_Entry], budget: int) -> list[tuple[_Entry, int]]:
+
+def _share(prefilling: list[_Entry], budget: int, n_outputs_each: int) -> list[tuple[_Entry, int]]:
     """Half of the budget to the oldest, the rest to those with the fewest tokens left, so that a
-    short prompt passes a long one and a long one still moves."""
+    short prompt passes a long one and a long one still moves. A chunk that is scored has
+    `n_outputs_each` tokens at most."""
     if not prefilling or budget <= 0:
         return []
+
+    def most(entry: _Entry) -> int:
+        if entry.all_scored:
+            return entry.n_left
+        return min(entry.n_to_score - entry.n_past, n_outputs_each)
+
     oldest = prefilling[0]
-    first = min(oldest.n_left, -(-budget // 2))
+    first = min(most(oldest), -(-budget // 2))
     left = budget - first
     shares = []
     for entry in sorted(prefilling[1:], key=lambda entry: entry.n_left):
-        count = min(entry.n_left, left)
+        count = min(most(entry), left)
         if count:
             shares.append((entry, count))
         left -= count
-    first += min(oldest.n_left - first, left)
+    first += min(most(oldest) - first, left)
     return [(oldest, first), *shares]
 
 
@@ -288,4 +326,4 @@ def _chunk(entry: _Entry, count: int) -> Chunk:
     assert entry.sequence is not None
     start = entry.n_past
     last = start + count == entry.n_tokens
-    return Chunk(entry.id, entry.sequence.slot, start, count, last)
+    return Chunk(entry.id, entry.sequence.slot, start, count, last, not entry.all_scored)

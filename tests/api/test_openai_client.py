@@ -121,7 +121,7 @@ def test_a_failure_after_text_ends_the_stream(client, service):
     [
         ({"model": "gpt-4o"}, openai.NotFoundError),
         ({"temperature": -1}, openai.BadRequestError),
-        ({"n": 2}, openai.BadRequestError),
+        ({"n": 0}, openai.BadRequestError),
     ],
 )
 def test_bad_requests(client, wrong, raised):

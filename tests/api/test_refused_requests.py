@@ -7,16 +7,10 @@ import pytest
 from tests.api.scripted import ScriptedService, ask, chat, complete
 
 UNSUPPORTED = [
-    ({"n": 2}, "n"),
-    ({"n": 0}, "n"),
     ({"best_of": 3}, "best_of"),
-    ({"echo": True}, "echo"),
+    ({"best_of": 3, "n": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logprobs": 5}, "logprobs"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"grammar": "root ::= x"}, "grammar"),
     ({"guided_json": {}}, "guided_json"),
     ({"modalities": ["text", "audio"]}, "modalities"),
@@ -63,7 +57,23 @@ INVALID = [
     ({"min_p": -1}, "min_p"),
     ({"repeat_penalty": 0}, "repeat_penalty"),
     ({"presence_penalty": 2.1}, "presence_penalty"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"repeat_last_n": -2}, "repeat_last_n"),
+    ({"xtc_probability": 1.1}, "xtc_probability"),
+    ({"xtc_threshold": 0.51}, "xtc_threshold"),
+    ({"dry_multiplier": -1}, "dry_multiplier"),
+    ({"dry_base": 0.9}, "dry_base"),
+    ({"dry_allowed_length": 0}, "dry_allowed_length"),
+    ({"dry_penalty_last_n": "all"}, "dry_penalty_last_n"),
+    ({"dry_sequence_breakers": "x"}, "dry_sequence_breakers"),
+    ({"dry_sequence_breakers": ["a", ""]}, "dry_sequence_breakers[1]"),
+    ({"dry_sequence_breakers": ["a", "\ud800"]}, "dry_sequence_breakers[1]"),
+    ({"dry_sequence_breakers": ["a"] * 33}, "dry_sequence_breakers"),
+    ({"mirostat": 3}, "mirostat"),
+    ({"mirostat_tau": -1}, "mirostat_tau"),
+    ({"mirostat_eta": 2}, "mirostat_eta"),
+    ({"mirostat": 2, "temperature": 0}, "mirostat"),
+    ({"mirostat": 2, "top_k": 40}, "top_k"),
+    ({"mirostat": 1, "top_p": 0.9}, "top_p"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 2**31}, "max_tokens"),
     ({"max_tokens": "10"}, "max_tokens"),
@@ -90,6 +100,28 @@ INVALID = [
     ({"logit_bias": []}, "logit_bias"),
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"model": 3}, "model"),
+    ({"n": 0}, "n"),
+    ({"n": 65}, "n"),
+    ({"n": "2"}, "n"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
+    ({"cache_salt": "\ud800"}, "cache_salt"),
+    ({"response_format": "json_object"}, "response_format"),
+    ({"response_format": {}}, "response_format"),
+    ({"response_format": {"type": 5}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
+        "response_format.json_schema.strict",
+    ),
+    ({"response_format": {"type": "regex"}}, "response_format.regex"),
+    ({"response_format": {"type": "regex", "regex": ""}}, "response_format.regex"),
+    ({"response_format": {"type": "lark", "lark": "\ud800"}}, "response_format.lark"),
+    ({"response_format": {"type": "lark", "lark": "x" * 262145}}, "response_format.lark"),
     ({"kvserve": {"ctx": 0}}, "kvserve.ctx"),
     ({"kvserve": {"ctx": "8192"}}, "kvserve.ctx"),
     ({"kvserve": {"task": "cooking"}}, "kvserve.task"),
@@ -126,7 +158,13 @@ INVALID_CHATS = [
     ),
     ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name"),
+    ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"logprobs": 5}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"thinking": None}}, "chat_template_kwargs.thinking"),
     ({"chat_template_kwargs": {"thinking": {}}}, "chat_template_kwargs.thinking"),
@@ -168,6 +206,28 @@ def test_invalid_prompts(prompt, param):
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"echo": 1}, "echo"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"prompt": ["a"] * 33, "n": 2}, "n"),
+    ],
+)
+def test_invalid_completions(fields, param):
+    response = complete(**fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_chat_has_no_echo():
+    error = chat(echo=True).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "echo")
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "seed", "logit_bias.1"])
 def test_numbers_that_are_none(name, number):
@@ -192,5 +252,5 @@ def test_nothing_is_submitted_for_a_bad_request():
     service = ScriptedService()
     complete(service, prompt=["a", 1])
     chat(service, model="gpt-4o")
-    chat(service, **json.loads('{"n": 2}'))
+    chat(service, **json.loads('{"n": 0}'))
     assert service.specs == []

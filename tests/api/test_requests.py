@@ -1,8 +1,17 @@
 """What a request body becomes."""
 
+import json
+
 import pytest
 
-from kvserve.ipc.messages import ChatMessage, ChatPrompt, Sampling, TextPrompt, TokenPrompt
+from kvserve.ipc.messages import (
+    ChatMessage,
+    ChatPrompt,
+    Grammar,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
 from tests.api.scripted import ScriptedService, chat, complete
 
 
@@ -49,10 +58,27 @@ def test_all_sampling_fields():
         "repeat_penalty": 1.1,
         "presence_penalty": -2,
         "frequency_penalty": 2,
+        "repeat_last_n": -1,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+        "dry_multiplier": 0.8,
+        "dry_base": 2,
+        "dry_allowed_length": 3,
+        "dry_penalty_last_n": 512,
         "seed": 17,
     }
-    expected = Sampling(**fields, logit_bias={0: -100.0, 128255: 3.5})
-    assert sampling_of(**fields, logit_bias={"0": -100, "128255": 3.5}) == expected
+    breakers = ["\n", "é"]
+    expected = Sampling(
+        **fields, dry_sequence_breakers=tuple(breakers), logit_bias={0: -100.0, 128255: 3.5}
+    )
+    body = {"dry_sequence_breakers": breakers, "logit_bias": {"0": -100, "128255": 3.5}}
+    assert sampling_of(**fields, **body) == expected
+
+
+def test_mirostat():
+    fields = {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2}
+    assert sampling_of(**fields) == Sampling(**fields)
+    assert sampling_of(mirostat=0, top_k=5, temperature=0) == Sampling(temperature=0, top_k=5)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +163,75 @@ def test_prompts(prompt, expected):
     service = ScriptedService()
     assert complete(service, prompt=prompt).status_code == 200
     assert [spec.prompt for spec in service.specs] == expected
+
+
+@pytest.mark.parametrize(
+    ("send", "fields", "n_logprobs"),
+    [
+        (chat, {}, None),
+        (chat, {"logprobs": False}, None),
+        (chat, {"logprobs": True}, 0),
+        (chat, {"logprobs": True, "top_logprobs": 20}, 20),
+        (complete, {}, None),
+        (complete, {"logprobs": 0}, 0),
+        (complete, {"logprobs": 5}, 5),
+    ],
+)
+def test_how_many_likelihoods(send, fields, n_logprobs):
+    assert spec_of(send, **fields).n_logprobs == n_logprobs
+
+
+def test_echo_may_go_without_an_answer():
+    spec = spec_of(complete, echo=True, max_tokens=0)
+    assert (spec.echo, spec.max_tokens) == (True, 0)
+    assert not spec_of(complete).echo
+
+
+def test_a_salt():
+    assert spec_of(complete, cache_salt="tenant").cache_salt == "tenant"
+    assert spec_of(complete).cache_salt == ""
+
+
+SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "grammar"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar("json_object")),
+        ({"type": "regex", "regex": "[a-z]+"}, Grammar("regex", "[a-z]+")),
+        ({"type": "lark", "lark": 'start: "a"'}, Grammar("lark", 'start: "a"')),
+        *(
+            (
+                {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": strict},
+                },
+                Grammar("json_schema", json.dumps(SCHEMA, ensure_ascii=False)),
+            )
+            for strict in (True, False, None)
+        ),
+    ],
+)
+@pytest.mark.parametrize("send", [chat, complete])
+def test_response_formats(send, value, grammar):
+    assert spec_of(send, response_format=value).grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(None, [None] * 3), (7, [7, 8, 9]), (2**32 - 1, [2**32 - 1, 0, 1])]
+)
+def test_choices_have_seeds_of_their_own(seed, seeds):
+    service = ScriptedService()
+    assert chat(service, n=3, seed=seed).status_code == 200
+    assert [spec.sampling.seed for spec in service.specs] == seeds
+
+
+def test_the_choices_of_each_prompt_follow_each_other():
+    service = ScriptedService()
+    assert complete(service, prompt=["a", "b"], n=2, best_of=2).status_code == 200
+    assert [spec.prompt.text for spec in service.specs] == ["a", "a", "b", "b"]
 
 
 IGNORED = {

@@ -16,6 +16,7 @@ import kvserve
 from kvserve.ipc.channel import encode_frame
 from kvserve.ipc.messages import (
     Cancel,
+    Echo,
     End,
     Failed,
     FromWorker,
@@ -52,6 +53,7 @@ class Answer:
     n_prompt: int | None = None
     end: End | None = None
     refusal: Failed | NeedsContext | None = None
+    echo: Echo | None = None
 
     @property
     def done(self) -> bool:
@@ -136,6 +138,10 @@ class Peer:
                 self.answers[request].refusal = message
             case Step():
                 self.steps.append(message)
+                for echo in message.echoes:
+                    assert self.answers[echo.id].echo is None
+                    assert not self.answers[echo.id].tokens
+                    self.answers[echo.id].echo = echo
                 for delta in message.deltas:
                     self.answers[delta.id].text += delta.text
                     self.answers[delta.id].tokens += delta.tokens

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kvserve.ipc.messages import Sampling
-from kvserve.worker.sampling import Sampler, bounded, fold_seed
+from kvserve.worker.penalties import bounded
+from kvserve.worker.sampling import Sampler, fold_seed
 from kvserve.worker.sequences import Generation, Limits
 
 N_VOCAB = 16
@@ -21,9 +22,9 @@ def sampler(
     return Sampler(
         Sampling(**({"temperature": 0.0} | fields)),
         generation,
-        n_vocab=N_VOCAB,
         forbidden=np.array([15]),
         end_tokens=END,
+        piece=lambda token: b"x",
     )
 
 
@@ -76,8 +77,8 @@ def test_greedy_takes_the_highest_and_counts_it() -> None:
     row[6] = 1.0
     greedy = sampler([3], presence_penalty=2.0)
     assert greedy.greedy
-    assert greedy.sample(None, 0, row.copy()) == 6
-    assert greedy.sample(None, 0, row.copy()) != 6
+    assert greedy.sample(row.copy()) == 6
+    assert greedy.sample(row.copy()) != 6
 
 
 @pytest.mark.parametrize(

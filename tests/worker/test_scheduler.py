@@ -22,6 +22,11 @@ class Ask:
     n_answer: int
     cancelled_after: int | None = None
     salt: str = ""
+    scored: bool = False
+
+    @property
+    def n_to_score(self) -> int:
+        return len(self.prompt) - 1 if self.scored else 0
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Run:
     cancelled: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     n_cached: dict[int, int] = field(default_factory=dict)
+    n_scored: Counter[int] = field(default_factory=Counter)
     n_prefilled: int = 0
     n_steps: int = 0
 
@@ -65,7 +71,7 @@ class Run:
         self.tokens[n][: len(ask.prompt)] = ask.prompt
         self.known[n] = list(ask.prompt)
         self.live.append(n)
-        self.scheduler.add(n, self.tokens[n], len(ask.prompt), ask.salt)
+        self.scheduler.add(n, self.tokens[n], len(ask.prompt), ask.salt, ask.n_to_score)
 
     def _step(self) -> None:
         scheduler = self.scheduler
@@ -79,7 +85,7 @@ class Run:
         assert self.live[0] in {chunk.id for chunk in batch.chunks}
         assert batch.n_tokens - batch.n_prefill >= decoding_before - len(batch.preempted)
         assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
-        assert sum(chunk.last for chunk in batch.chunks) <= scheduler.n_slots
+        assert sum(chunk.n_outputs for chunk in batch.chunks) <= scheduler.n_slots
         if not self.memory.decode(batch, self.known):
             if not scheduler.relieve():
                 self.failed.add(self.live[0])
@@ -88,8 +94,14 @@ class Run:
         scheduler.commit(batch)
         self._check_cells()
         for chunk in batch.chunks:
-            assert chunk.last == (chunk.start + chunk.count == len(self.known[chunk.id]))
+            end = chunk.start + chunk.count
+            assert chunk.last == (end == len(self.known[chunk.id]))
+            if chunk.scored:
+                assert chunk.start <= self.n_scored[chunk.id] < self.asks[chunk.id].n_to_score
+                assert end <= self.asks[chunk.id].n_to_score
+                self.n_scored[chunk.id] = max(self.n_scored[chunk.id], end)
             if chunk.last:
+                assert self.n_scored[chunk.id] == self.asks[chunk.id].n_to_score
                 self._draw(chunk.id)
 
     def _draw(self, n: int) -> None:
@@ -128,6 +140,7 @@ def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
                 n_answer=draw(st.integers(1, n_cells - n_prompt)),
                 cancelled_after=draw(st.none() | st.integers(1, 60)),
                 salt=draw(st.sampled_from(("", "", "", "pepper"))),
+                scored=draw(st.sampled_from((False, False, True))),
             )
         )
     scheduler, memory = fake_scheduler(
@@ -190,6 +203,42 @@ def test_a_follower_whose_leader_is_cancelled_goes_on_from_what_it_left() -> Non
 def test_sliding_windows_are_never_shared_by_running_requests() -> None:
     run = play([Ask(0, (1,) * 50, 20), Ask(10, (1,) * 50, 5)], rules=WINDOW)
     assert run.n_cached == {0: 0, 1: 0}
+
+
+def test_scored_prompts_reuse_nothing_and_are_reused() -> None:
+    prompt = (*range(50),)
+    run = play([Ask(0, prompt, 1), Ask(10, prompt, 3, scored=True), Ask(40, prompt, 1)])
+    assert run.n_cached == {0: 0, 1: 0, 2: 49}
+    assert run.n_scored == {1: 49}
+
+
+def test_scored_chunks_leave_an_output_to_everyone_else() -> None:
+    scheduler, _ = fake_scheduler(n_cells=1000, n_slots=6, n_batch=64)
+    scheduler.add(1, np.full(64, 5), 10)
+    for n in (2, 3):
+        scheduler.add(n, np.arange(100) + n, 50, n_to_score=49)
+    chunks = scheduler.plan(64).chunks
+    assert [(c.id, c.count, c.last, c.scored) for c in chunks] == [
+        (1, 10, True, False),
+        (2, 2, False, True),
+        (3, 2, False, True),
+    ]
+
+
+def test_a_preempted_prompt_goes_on_where_its_scores_end() -> None:
+    scheduler, _ = fake_scheduler(n_cells=64, n_slots=2, n_batch=64)
+    scheduler.add(1, np.full(64, 5), 4)
+    scheduler.add(2, np.arange(64), 40, n_to_score=39)
+    n_done = 0
+    while not (batch := scheduler.plan(64)).preempted:
+        scheduler.commit(batch)
+        n_done = max(n_done, *(c.start + c.count for c in batch.chunks if c.id == 2))
+        scheduler.grow(1)
+    assert 16 < n_done < 39
+    scheduler.commit(batch)
+    scheduler.remove(1)
+    again = scheduler.plan(64)
+    assert [(c.id, c.start, c.scored) for c in again.chunks] == [(2, n_done, True)]
 
 
 def test_salts_part_what_would_be_shared() -> None:
