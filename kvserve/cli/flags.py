@@ -28,6 +28,9 @@ SHARED = (
 )
 """The settings that `start` and `plan` have in common."""
 
+MEASURING = ("model", "device", "gpu_layers", "threads", "batch", "ubatch", "state_dir", "profile")
+"""The settings that `eval` has."""
+
 Port = Annotated[
     str | None, typer.Option("--port", "-p", metavar="N", help="Which daemon; the only one else.")
 ]
