@@ -148,6 +148,8 @@ def _request(request: Request) -> Document:
         "n_batch": request.n_batch,
         "n_ubatch": request.n_ubatch,
         "reserve_bytes": request.reserve_bytes,
+        "max_kld": request.max_kld,
+        "min_top1": request.min_top1,
     }
 
 
@@ -173,6 +175,7 @@ def _candidate(candidate: Candidate) -> Document:
         "fits": candidate.fits,
         "reason": candidate.reason,
         "max_ctx": candidate.max_ctx,
+        "loss": None if candidate.loss is None else asdict(candidate.loss),
     }
 
 

@@ -20,6 +20,8 @@ SHARED = (
     "cache_type",
     "kv_floor",
     "task",
+    "max_kld",
+    "min_top1",
     "device",
     "gpu_layers",
     "reserve",

@@ -16,17 +16,20 @@ from kvserve.core.shape import ModelShape
 from kvserve.device.host import read_host
 from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.preparing import prepare
+from kvserve.supervisor.profiles import NOTHING_KNOWN
 
 
 def show_plan(flags: Mapping[str, object], config: Path | None, *, as_json: bool) -> None:
     """Print what `start` would choose here, or on a GPU with `--vram-free` bytes free."""
     settings = load_settings(flags, config=config)
     model = open_model(settings)
+    known = NOTHING_KNOWN
     if settings.vram_free is not None:
         plan = _plan_elsewhere(settings, model.file.shape, settings.vram_free)
     else:
-        plan = prepare(settings, model.file, model.id).plan
-    print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan))
+        prepared = prepare(settings, model.file, model.id)
+        plan, known = prepared.plan, prepared.known
+    print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan, known))
 
 
 def _plan_elsewhere(settings: Settings, shape: ModelShape, free_bytes: int) -> Plan:

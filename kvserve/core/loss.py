@@ -80,6 +80,15 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectedLoss:
+    """What a candidate is thought to lose: measured on this model, or a prior."""
+
+    mean_kld: float
+    same_top: float | None
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Quality:
     """All that was measured of one model, build and device."""
 
@@ -104,6 +113,11 @@ class Quality:
         """The KLD that rounding alone makes: the control's, f16 against f16 in other
         micro-batches; 0 where it was not measured."""
         return max((row.mean_kld for row in self._rows(REFERENCE_PAIR, n_ctx)), default=0.0)
+
+    def excess(self, pair: CachePair, n_ctx: int) -> float | None:
+        """The KLD above the noise, at least 0; None where the pair was not measured."""
+        loss = self.loss(pair, n_ctx)
+        return None if loss is None else max(0.0, loss.mean_kld - self.noise(n_ctx))
 
     def decode_tps(self, pair: CachePair, n_ctx: int) -> float | None:
         """Measured decode speed at the depth that counts for `n_ctx`; None where unknown."""

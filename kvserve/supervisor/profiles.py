@@ -55,6 +55,9 @@ class Known:
     profile: Profile | None = None
 
 
+NOTHING_KNOWN = Known()
+
+
 class Profiles:
     """The files. One that cannot be read, or is of another format, is as good as none."""
 
