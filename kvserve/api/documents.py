@@ -149,6 +149,8 @@ def _request(request: Request) -> Document:
         "n_batch": request.n_batch,
         "n_ubatch": request.n_ubatch,
         "reserve_bytes": request.reserve_bytes,
+        "max_kld": request.max_kld,
+        "min_top1": request.min_top1,
     }
 
 
@@ -177,6 +179,7 @@ def _candidate(candidate: Candidate) -> Document:
         "exact": candidate.exact,
         "formula_bytes": candidate.formula_bytes,
         "formula_error": candidate.formula_error,
+        "loss": None if candidate.loss is None else asdict(candidate.loss),
     }
 
 

@@ -222,6 +222,42 @@ def uninstall(*, user: User = False) -> None:
     uninstall(user=user)
 
 
+@app.command(name="eval")
+@explained
+@flags.takes_settings(*flags.MEASURING)
+def evaluate(
+    *,
+    config: flags.Config = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="8K and 32K, all pairs, hours.")] = False,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", help="`all`, or K:V pairs by commas.")
+    ] = None,
+    ctx: Annotated[str | None, typer.Option("--ctx", "-c", help="Depths by commas.")] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", help="Pieces of text.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option("--corpus", help="UTF-8 text to read; a novel otherwise.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the pieces and the tasks.")] = 0,
+    as_json: flags.Json = False,
+    **given: object,
+) -> None:
+    """Measure what each K-V pair costs this model, and keep it for `plan` and `start`."""
+    from kvserve.cli.evaluating import EvalOptions, evaluate  # noqa: PLC0415
+
+    options = EvalOptions(
+        quick=quick,
+        full=full,
+        pairs=pairs,
+        ctx=ctx,
+        chunks=chunks,
+        corpus=corpus,
+        seed=seed,
+        as_json=as_json,
+    )
+    evaluate(given, config, options)
+
+
 def main() -> None:
     """The console script."""
     app()

@@ -20,6 +20,8 @@ SHARED = (
     "cache_type",
     "kv_floor",
     "task",
+    "max_kld",
+    "min_top1",
     "device",
     "gpu_layers",
     "reserve",
@@ -27,6 +29,9 @@ SHARED = (
     "state_dir",
 )
 """The settings that `start` and `plan` have in common."""
+
+MEASURING = ("model", "device", "gpu_layers", "threads", "batch", "ubatch", "state_dir", "profile")
+"""The settings that `eval` has."""
 
 Port = Annotated[
     str | None, typer.Option("--port", "-p", metavar="N", help="Which daemon; the only one else.")

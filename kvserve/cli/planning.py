@@ -16,6 +16,7 @@ from kvserve.core.shape import ModelShape
 from kvserve.device.host import read_host
 from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.preparing import prepare
+from kvserve.supervisor.profiles import NOTHING_KNOWN
 
 
 def show_plan(
@@ -25,11 +26,13 @@ def show_plan(
     `confirm` llama.cpp lays the candidates out first, as `start` has it do."""
     settings = load_settings(flags, config=config)
     model = open_model(settings)
+    known = NOTHING_KNOWN
     if settings.vram_free is not None:
         plan = _plan_elsewhere(settings, model.file.shape, settings.vram_free)
     else:
-        plan = prepare(settings, model.file, model.id, confirm=confirm).plan
-    print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan))
+        prepared = prepare(settings, model.file, model.id, confirm=confirm)
+        plan, known = prepared.plan, prepared.known
+    print(json.dumps(plan_document(plan), indent=2) if as_json else plan_text(plan, known))
 
 
 def _plan_elsewhere(settings: Settings, shape: ModelShape, free_bytes: int) -> Plan:

@@ -141,7 +141,7 @@ def _start_here(settings: Settings, teller: Teller) -> None:
         file=listening.paths.log,
         secrets=[*settings.api_keys, *settings.admin_keys, listening.instance.admin_token],
     )
-    teller.say(plan_text(prepared.plan))
+    teller.say(plan_text(prepared.plan, prepared.known))
     teller.say("")
 
     def on_ready(status: Status) -> None:

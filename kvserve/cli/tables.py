@@ -1,10 +1,12 @@
 """A plan and a status as text for a terminal. Pure: values in, lines out."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Candidate, Plan
 from kvserve.core.shape import ModelShape
+from kvserve.supervisor.profiles import NOTHING_KNOWN, Known
 from kvserve.units import GIB, format_bytes, format_gib
 
 _COLUMNS = (
@@ -18,11 +20,13 @@ _COLUMNS = (
     "left",
     "longest ctx",
     "tok/s",
+    "KLD",
 )
 
 
-def plan_text(plan: Plan) -> str:
-    """The decision: the model, the machine, every candidate with its GiB, and why it lost."""
+def plan_text(plan: Plan, known: Known = NOTHING_KNOWN) -> str:
+    """The decision: the model, the machine, every candidate with its GiB and its loss, and why it
+    lost; `known` tells where the losses are from."""
     rows = [_row(candidate, plan.shape) for candidate in plan.candidates]
     reasons = [candidate.reason for candidate in plan.candidates]
     marks = ["*" if candidate == plan.chosen else " " for candidate in plan.candidates]
@@ -32,8 +36,19 @@ def plan_text(plan: Plan) -> str:
         f"{mark} {line}  {reason}"
         for mark, line, reason in zip(marks, table[1:], reasons, strict=True)
     ]
-    lines += ["", chosen_line(plan)]
+    lines += ["", *quality_lines(known, plan.chosen.launch.n_ctx), chosen_line(plan)]
     return "\n".join(lines)
+
+
+def quality_lines(known: Known, n_ctx: int) -> list[str]:
+    """What the measurements are from, or why those that are there do not count."""
+    if known.refusal is not None:
+        return [f"quality  priors; a profile was refused: {known.refusal}"]
+    if known.profile is None:
+        return []
+    day = datetime.fromtimestamp(known.profile.measured_at, UTC).date()
+    noise = known.quality.noise(n_ctx)
+    return [f"quality  measured on {day}: KLD in nats against f16, whose own noise is {noise:.4f}"]
 
 
 def model_line(shape: ModelShape) -> str:
@@ -98,7 +113,15 @@ def _row(candidate: Candidate, shape: ModelShape) -> tuple[str, ...]:
         f"{candidate.headroom_bytes / GIB:+.2f}",
         str(candidate.max_ctx) if candidate.max_ctx else "-",
         f"~{tps:.0f}" if tps is not None else "?",
+        _loss(candidate),
     )
+
+
+def _loss(candidate: Candidate) -> str:
+    loss = candidate.loss
+    if loss is None:
+        return "?"
+    return f"{loss.mean_kld:.4f} measured" if loss.measured else f"~{loss.mean_kld:.3f} prior"
 
 
 def _layers(candidate: Candidate, shape: ModelShape) -> str:

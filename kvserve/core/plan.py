@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvserve.core.dtypes import CachePair
+from kvserve.core.loss import ExpectedLoss
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.shape import ModelShape
 
@@ -29,6 +30,8 @@ class Task(StrEnum):
 class Request:
     """What the user asked for. None means: kvserve chooses.
 
+    `max_kld` (nats) and `min_top1` (a share) are floors by measured numbers.
+
     `n_ctx` is the longest single request in tokens, None the longest that fits. `pair` fixes the
     KV types, `floor` is the worst pair allowed, `reserve_bytes` stays free for the rest of the
     machine (None: 3 % or 256 MiB, whichever is more).
@@ -44,6 +47,8 @@ class Request:
     n_batch: int = 512
     n_ubatch: int = 512
     reserve_bytes: int | None = None
+    max_kld: float | None = None
+    min_top1: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,8 @@ class Candidate:
     fit. `max_ctx` is the longest context of this pair with these layers, 0 where even 256 tokens
     do not fit. `reason` says why it was chosen or why it lost. `exact` means that llama.cpp laid
     the launch out and `memory` has its figures; `formula_bytes` is then what was computed for the
-    same items. `may_be_chosen` is False for a pair that the request or the build rules out.
+    same items. `may_be_chosen` is False for a pair that the request or the build rules out. `loss`
+    is None where nothing is known of the pair.
     """
 
     launch: Launch
@@ -128,6 +134,7 @@ class Candidate:
     exact: bool = False
     formula_bytes: int | None = None
     may_be_chosen: bool = True
+    loss: ExpectedLoss | None = None
 
     @property
     def formula_error(self) -> float | None:

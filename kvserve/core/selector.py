@@ -1,6 +1,7 @@
 """The choice: which K-V pair, how many layers on the GPU, and why every other candidate lost.
 
-Order of preference: the best pair of the ladder with the whole model on the GPU; then fewer
+Order of preference: the best pair of the ladder with the whole model on the GPU, where pairs that
+were measured to be equal count as one and the faster or smaller is taken; then fewer
 layers (or fewer MoE experts) on the GPU at a pair that the floor allows; then refusal with the
 numbers. Values in, values out.
 """
@@ -8,31 +9,23 @@ numbers. Values in, values out.
 from dataclasses import replace
 
 from kvserve.core.candidates import Device, best_split, launch_on, price, splits
-from kvserve.core.dtypes import LADDER, CachePair, KvType
+from kvserve.core.dtypes import LADDER, CachePair
+from kvserve.core.equals import best_of
 from kvserve.core.findings import NOTHING_FOUND, Findings
+from kvserve.core.floors import why_below
+from kvserve.core.loss import NOTHING_MEASURED, ExpectedLoss, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
     Overheads,
     max_context,
     prior_overheads,
 )
-from kvserve.core.plan import Candidate, Plan, Request, Task
+from kvserve.core.plan import Candidate, Plan, Request
+from kvserve.core.priors import prior_kld
 from kvserve.core.shape import ModelShape
 from kvserve.core.support import why_impossible, why_slow
 from kvserve.errors import DoesNotFit, UsageError
 from kvserve.units import MIB, format_bytes
-
-TASK_FLOORS: dict[Task, CachePair] = {
-    Task.MATH: CachePair(KvType.F16, KvType.F16),
-    Task.CODE: CachePair(KvType.F16, KvType.F16),
-    Task.RETRIEVAL: CachePair(KvType.F16, KvType.F16),
-    Task.RAG: CachePair(KvType.Q8_0, KvType.Q8_0),
-    Task.CHAT: CachePair(KvType.Q8_0, KvType.Q8_0),
-    Task.TOOLS: CachePair(KvType.Q8_0, KvType.Q8_0),
-    Task.SUMMARIZE: CachePair(KvType.Q8_0, KvType.Q8_0),
-    Task.CLASSIFY: CachePair(KvType.Q4_0, KvType.Q4_0),
-}
-"""Priors: exact multi-step work breaks first under quantization, gist last (docs/quality.md)."""
 
 MIN_RESERVE_BYTES = 256 * MIB
 RESERVE_SHARE = 0.03
@@ -46,11 +39,13 @@ def select(
     request: Request,
     overheads: Overheads | None = None,
     findings: Findings = NOTHING_FOUND,
+    quality: Quality = NOTHING_MEASURED,
 ) -> Plan:
     """Decide how to launch `shape` on `machine` for `request`.
 
     `overheads` are measured ones, None for the prior of the machine's GPU; `findings` are what
-    llama.cpp said of some launches, and go before the formulas. Raises UsageError for a
+    llama.cpp said of some launches, and go before the formulas; `quality` is what was measured of
+    pairs on this model and device, and goes before the priors. Raises UsageError for a
     request that contradicts the model or the machine, DoesNotFit where nothing allowed fits.
     """
     device = _device(shape, machine, request, overheads, findings)
@@ -61,7 +56,7 @@ def select(
             param="n_ctx",
         )
     pairs = _pairs(shape, request)
-    refused = _refusals(pairs, shape, machine, request, device)
+    refused = _refusals(pairs, shape, machine, request, device, quality)
     allowed = [pair for pair in pairs if pair not in refused]
     if not allowed:
         pair, reason = next(iter(refused.items()))
@@ -75,7 +70,7 @@ def select(
     fitting = [c for c in whole if c.fits and c.launch.pair in allowed]
     split: list[Candidate] = []
     if fitting:
-        chosen = fitting[0]
+        chosen = best_of(fitting, quality)
     else:
         may_split = device.backend is Backend.CUDA and request.n_gpu_layers is None
         if may_split:
@@ -83,8 +78,11 @@ def select(
         if not any(c.fits for c in split):
             raise _does_not_fit(shape, whole, split, allowed, n_ctx, device)
         chosen = best_split([c for c in split if c.fits])
-    judged = [_judge(c, chosen, refused, split=False) for c in whole]
+    judged = [_measured(_judge(c, chosen, refused, split=False), quality) for c in whole]
     judged += [_judge(c, chosen, refused, split=True) for c in split]
+    judged = [
+        replace(c, loss=_expected(shape, c.launch.pair, c.launch.n_ctx, quality)) for c in judged
+    ]
     winner = next(c for c in judged if c.launch == chosen.launch)
     return Plan(
         shape=shape,
@@ -98,15 +96,6 @@ def select(
 def default_reserve(free_bytes: int) -> int:
     """What stays free for the rest of the machine: 3 % of what is free, at least 256 MiB."""
     return max(MIN_RESERVE_BYTES, int(free_bytes * RESERVE_SHARE))
-
-
-def floor_of(request: Request) -> tuple[CachePair, str] | None:
-    """The worst pair a request allows, and who says so."""
-    if request.floor is not None:
-        return request.floor, "--kv-floor"
-    if request.task is not None:
-        return TASK_FLOORS[request.task], f"--task {request.task}"
-    return None
 
 
 def _device(
@@ -159,24 +148,19 @@ def _refusals(
     machine: Machine,
     request: Request,
     device: Device,
+    quality: Quality,
 ) -> dict[CachePair, str]:
     """Why each pair that may not be chosen is out; what the user fixed is only held against
     what llama.cpp refuses."""
-    floor = floor_of(request)
     refused: dict[CachePair, str] = {}
     for pair in pairs:
         reason = why_impossible(pair, shape)
         if reason is None and request.pair is None:
-            reason = why_slow(pair, device.backend, machine.build)
-            if floor is not None and _below(pair, floor[0]):
-                reason = f"below the floor {floor[0]} of {floor[1]}"
+            slow = why_slow(pair, device.backend, machine.build)
+            reason = why_below(pair, shape, request, quality) or slow
         if reason is not None:
             refused[pair] = reason
     return refused
-
-
-def _below(pair: CachePair, floor: CachePair) -> bool:
-    return pair.k.precision < floor.k.precision or pair.v.precision < floor.v.precision
 
 
 def _longest(shape: ModelShape, request: Request, device: Device, allowed: list[CachePair]) -> int:
@@ -198,7 +182,7 @@ def _judge(
 ) -> Candidate:
     pair = candidate.launch.pair
     if candidate.launch == chosen.launch:
-        reason = "chosen: the best quality that fits"
+        reason = chosen.reason or "chosen: the best quality that fits"
         if split:
             reason = "chosen: nothing allowed fits whole; best quality near the fastest split"
     elif pair in refused:
@@ -207,9 +191,31 @@ def _judge(
         reason = candidate.reason
     elif split:
         reason = "fits, but slower or of lower quality than the chosen split"
+    elif _above(pair, chosen.launch.pair):
+        reason = f"fits; {chosen.launch.pair} was measured to be as good"
     else:
         reason = f"fits, but of lower quality than {chosen.launch.pair}"
     return replace(candidate, reason=reason, may_be_chosen=pair not in refused)
+
+
+def _above(pair: CachePair, other: CachePair) -> bool:
+    return (pair.k.precision, pair.v.precision) > (other.k.precision, other.v.precision)
+
+
+def _measured(candidate: Candidate, quality: Quality) -> Candidate:
+    """With the measured speed in the predicted one's place."""
+    tps = quality.decode_tps(candidate.launch.pair, candidate.launch.n_ctx)
+    return candidate if tps is None else replace(candidate, predicted_tps=tps)
+
+
+def _expected(
+    shape: ModelShape, pair: CachePair, n_ctx: int, quality: Quality
+) -> ExpectedLoss | None:
+    loss = quality.loss(pair, n_ctx)
+    if loss is not None:
+        return ExpectedLoss(loss.mean_kld, loss.same_top, measured=True)
+    prior = prior_kld(shape.architecture, pair)
+    return None if prior is None else ExpectedLoss(prior, None, measured=False)
 
 
 def _does_not_fit(

@@ -42,6 +42,16 @@ class Settings(BaseModel):
         description="What the context is for, which sets a floor: `math`, `code`, `retrieval`, "
         "`rag`, `chat`, `summarize`, `classify`, `tools`.",
     )
+    max_kld: values.NumberOrNone = Field(
+        None,
+        description="The largest mean KLD in nats that `kvserve eval` may have measured for the KV "
+        "types, as `0.01`; types that were not measured are out.",
+    )
+    min_top1: values.ShareOrNone = Field(
+        None,
+        description="The least share of tokens for which the likeliest is that of f16, as measured "
+        "by `kvserve eval`: `0.95` or `95%`.",
+    )
     device: Annotated[
         Literal["auto", "cpu", "cuda"], BeforeValidator(values.choice("auto", "cpu", "cuda"))
     ] = Field("auto", description="Where layers run: `auto` takes the GPU if there is one.")
@@ -220,4 +230,6 @@ class Settings(BaseModel):
             n_batch=self.batch,
             n_ubatch=min(self.ubatch, self.batch),
             reserve_bytes=reserve_bytes,
+            max_kld=self.max_kld,
+            min_top1=self.min_top1,
         )

@@ -4,6 +4,7 @@ Every reader takes what it is given, a value of the right type too, and raises V
 words that tell what to write instead; `load.py` puts the name of the source before them.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,27 @@ def read_tokens(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
         return value
     raise ValueError(f"{value!r} is not a number of tokens: write one from 1 up, as 8192 or 32K")
+
+
+def read_number(value: object) -> float:
+    """Read a number of 0 or more, such as `0.01`."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str):
+            value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9:
+        return float(value)
+    raise ValueError(f"{value!r} is not a number: write one of 0 or more, as 0.01")
+
+
+def read_share(value: object) -> float:
+    """Read a share: `0.95` or `95%`."""
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    with contextlib.suppress(ValueError):
+        share = read_number(str(value).strip().removesuffix("%") if percent else value)
+        share = share / 100 if percent else share
+        if share <= 1:
+            return share
+    raise ValueError(f"{value!r} is not a share: write it as 0.95 or 95%")
 
 
 def read_seconds(value: object) -> float:
@@ -213,6 +235,8 @@ Context = Annotated[int | Literal["max"], BeforeValidator(or_word("max", read_to
 ContextLimit = Annotated[int | None, BeforeValidator(or_none(read_tokens))]
 PairOrAuto = Annotated[CachePair | Auto, BeforeValidator(or_word("auto", read_pair))]
 PairOrNone = Annotated[CachePair | None, BeforeValidator(or_none(read_pair))]
+NumberOrNone = Annotated[float | None, BeforeValidator(or_none(read_number))]
+ShareOrNone = Annotated[float | None, BeforeValidator(or_none(read_share))]
 TaskOrNone = Annotated[Task | None, BeforeValidator(or_none(choice(*Task)))]
 Layers = Annotated[int | Auto, BeforeValidator(or_word("auto", whole(0)))]
 Threads = Annotated[int | Auto, BeforeValidator(or_word("auto", whole(1, 1024)))]

@@ -8,6 +8,7 @@ from functools import partial
 import structlog
 
 from kvserve.core.findings import NOTHING_FOUND, Findings, likely
+from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
 from kvserve.core.plan import Launch, Plan, Request
 from kvserve.core.selector import default_reserve, select
@@ -65,12 +66,14 @@ class MachinePlanner:
         calibration: Calibration,
         settle_seconds: float = GPU_SETTLE_SECONDS,
         oracle: Asker | None = None,
+        quality: Quality = NOTHING_MEASURED,
     ) -> None:
         self._shape = shape
         self._request = request
         self._machines = machines
         self._calibration = calibration
         self._oracle = oracle
+        self._quality = quality
         self._settle_seconds = settle_seconds
         self._told: set[Launch] = set()
         self._free_before: dict[str, int] = {}
@@ -144,7 +147,7 @@ class MachinePlanner:
             reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
             request = replace(request, reserve_bytes=reserve)
         overheads = self._calibration.overheads(machine.gpus, machine.build, self._shape)
-        return select(self._shape, machine, request, overheads, findings)
+        return select(self._shape, machine, request, overheads, findings, self._quality)
 
     async def wait_for_room(self, plan: Plan) -> bool:
         """Poll until the plan's memory is free; False where it stays taken."""

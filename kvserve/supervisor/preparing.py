@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvserve.core.machine import Machine
+from kvserve.core.machine import Backend, Machine
 from kvserve.core.plan import Plan
 from kvserve.gguf.model import ModelFile
 from kvserve.settings import Settings
@@ -12,11 +12,13 @@ from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import Oracle
 from kvserve.supervisor.measurements import Measurements
 from kvserve.supervisor.planning import MachinePlanner, Machines
+from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, profile_key
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model, a machine and the decision; `planner` decides again when things change."""
+    """A model, a machine and the decision; `planner` decides again when things change. `known` is
+    what was measured of the model's quality."""
 
     settings: Settings
     model: ModelFile
@@ -24,6 +26,7 @@ class Prepared:
     machine: Machine
     planner: MachinePlanner
     plan: Plan
+    known: Known = NOTHING_KNOWN
 
 
 def prepare(
@@ -43,12 +46,16 @@ def prepare(
         settings.state_dir / "measurements.json", model.identity, _mark(machine)
     )
     oracle = Oracle(str(model.path), measurements)
-    planner = MachinePlanner(model.shape, request, machines, calibration, oracle=oracle)
+    backend = Backend.CPU if request.n_gpu_layers == 0 else request.backend
+    known = Profiles().read(model_id, profile_key(model.identity, machine, backend))
+    planner = MachinePlanner(
+        model.shape, request, machines, calibration, oracle=oracle, quality=known.quality
+    )
     if confirm:
         plan = planner.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=True)
     else:
         plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
-    return Prepared(settings, model, model_id, machine, planner, plan)
+    return Prepared(settings, model, model_id, machine, planner, plan, known)
 
 
 def _mark(machine: Machine) -> str:

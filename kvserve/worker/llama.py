@@ -247,6 +247,11 @@ class Batch:
             self.outputs.extend(range(first, end))
         self.n_tokens = self.raw.n_tokens = end
 
+    def want_all(self) -> None:
+        """Ask for the logits of every token that was added."""
+        self._wanted[: self.n_tokens] = 1
+        self.outputs[:] = range(self.n_tokens)
+
 
 class Context:
     """One loaded model with its one context and KV cache, ready to decode.
@@ -264,10 +269,35 @@ class Context:
         if vocab is None:
             raise LoadError("the model has no vocabulary")
         self.vocab = Vocab(vocab)
+        self._open(load)
+        self._warm_up()
+
+    def beside(self, load: Load, n_outputs: int) -> "Context":
+        """Another context over the same weights, whose batches may ask for `n_outputs` logits.
+
+        Of `load` the context's part counts. It must be closed, and before its model's last use.
+        Raises LoadError.
+        """
+        other = object.__new__(Context)
+        other._log, other._model_path, other._n_gpu_layers = (
+            self._log,
+            self._model_path,
+            self._n_gpu_layers,
+        )
+        other._model, other.vocab = self._model, self.vocab
+        self._log.forget_errors()
+        other._open(load, n_outputs)
+        return other
+
+    def close(self) -> None:
+        """Free the context, not the weights. It must not be used afterwards."""
+        ll.llama_free(self.raw)
+
+    def _open(self, load: Load, n_outputs: int | None = None) -> None:
         caches = CacheLog()
         _listeners.append(caches.feed)
         try:
-            self.raw = self._create_context(load)
+            self.raw = self._create_context(load, n_outputs)
         finally:
             _listeners.remove(caches.feed)
         self.state_layout: StateLayout | None = caches.layout(self._cell_ext_bytes)
@@ -279,7 +309,6 @@ class Context:
         self.n_batch: int = ll.llama_n_batch(self.raw)
         self.n_seq_max: int = ll.llama_n_seq_max(self.raw)
         self.n_ctx_train: int = ll.llama_model_n_ctx_train(self._model)
-        self._warm_up()
 
     @property
     def architecture(self) -> str:
@@ -418,8 +447,11 @@ class Context:
             raise LoadError("diffusion models are not supported")
         return model
 
-    def _create_context(self, load: Load) -> object:
-        context = ll.llama_init_from_model(self._model, _context_params(load))
+    def _create_context(self, load: Load, n_outputs: int | None) -> object:
+        params = _context_params(load)
+        if n_outputs is not None:
+            params.n_outputs_max = params.n_outputs_max_per_seq = n_outputs
+        context = ll.llama_init_from_model(self._model, params)
         if context is None:
             raise self._failure("llama.cpp could not create the context")
         return context

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.core.dtypes import LADDER, parse_pair
+from kvserve.core.floors import TASK_FLOORS
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.plan import Candidate, Plan, Request, Task
-from kvserve.core.selector import TASK_FLOORS, default_reserve, select
+from kvserve.core.selector import default_reserve, select
 from kvserve.core.shape import ModelShape
 from kvserve.errors import DoesNotFit, UsageError
 from kvserve.units import GIB, MIB

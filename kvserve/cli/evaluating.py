@@ -1,0 +1,155 @@
+"""`kvserve eval`: what each K-V pair costs this model on this machine."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from kvserve.cli.models import NamedModel, open_model
+from kvserve.core.loss import REFERENCE_PAIR, Quality
+from kvserve.core.machine import Backend, Machine
+from kvserve.core.plan import Launch
+from kvserve.eval.corpus import BUNDLED, read_corpus
+from kvserve.eval.scope import Scope, narrowed, preset
+from kvserve.eval.session import Job, Outcome, run
+from kvserve.eval.tables import quality_text
+from kvserve.ipc.evaluating import EvalRequest, Reading
+from kvserve.ipc.messages import Load
+from kvserve.settings import Settings, load_settings
+from kvserve.supervisor.building import read_build
+from kvserve.supervisor.planning import Machines
+from kvserve.supervisor.process import worker_environment
+from kvserve.supervisor.profiles import Profiles, profile_key
+
+INTERRUPTED = 130
+"""The exit status that shells give to a program ended by Ctrl-C."""
+_ALL_LAYERS = 999
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What is measured; the rest comes from the settings."""
+
+    quick: bool
+    full: bool
+    pairs: str | None
+    ctx: str | None
+    chunks: int | None
+    corpus: Path | None
+    seed: int
+    as_json: bool
+
+
+def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOptions) -> None:
+    """Measure, store the profile, print the tables. What was measured so far is printed after an
+    interrupt, and the same command goes on from there."""
+    settings = load_settings(flags, config=config)
+    model = open_model(settings)
+    scope = narrowed(
+        preset(quick=options.quick, full=options.full),
+        n_ctx_train=model.file.shape.n_ctx_train,
+        pairs=options.pairs,
+        ctx=options.ctx,
+        chunks=options.chunks,
+    )
+    text = read_corpus(options.corpus)
+    reading = Reading(
+        text=text,
+        depths=scope.depths,
+        n_chunks=scope.n_chunks,
+        n_prefill=scope.n_prefill,
+        n_decode=scope.n_decode,
+        seed=options.seed,
+        carried=scope.carried,
+    )
+    about = _about(scope, options, text)
+    print_outcome(run_job(settings, model, scope, about, reading=reading), options.as_json)
+
+
+def run_job(
+    settings: Settings, model: NamedModel, scope: Scope, about: dict[str, str], *, reading: Reading
+) -> Outcome:
+    """Run one evaluation on the machine as it is."""
+    machine = Machines(read_build(settings.state_dir / "build.json")).read()
+    backend = backend_of(settings, machine)
+    load = _load(settings, model, machine, backend)
+    pairs = tuple(str(pair) for pair in scope.pairs)
+    job = Job(
+        request=EvalRequest(load=load, pairs=pairs, reading=reading),
+        environment=_environment(backend),
+        key=profile_key(model.file.identity, machine, backend),
+        model_id=model.id,
+        settings=about,
+    )
+    return run(job, Profiles(), sys.stderr)
+
+
+def backend_of(settings: Settings, machine: Machine) -> Backend:
+    """Where the layers run."""
+    on_gpu = machine.gpus and settings.device != "cpu" and settings.gpu_layers != 0
+    return Backend.CUDA if on_gpu else Backend.CPU
+
+
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The tables, or JSON; then where they are kept. Exits with 130 after an interrupt."""
+    if as_json:
+        print(json.dumps(quality_document(outcome.quality), indent=1))
+    else:
+        print(quality_text(outcome.quality) or "nothing was measured")
+    for skipped in outcome.skipped:
+        print(f"skipped  {skipped.unit}, {skipped.what}: {skipped.reason}", file=sys.stderr)
+    if outcome.path is None:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    print(f"profile  {outcome.path}", file=sys.stderr)
+
+
+def quality_document(quality: Quality) -> dict[str, object]:
+    """Measurements as plain JSON values, pairs written as `q8_0:q4_0`."""
+
+    def rows(found: tuple[object, ...]) -> list[dict[str, object]]:
+        return [{**asdict(row), "pair": str(row.pair)} for row in found]  # type: ignore[call-overload, attr-defined]
+
+    return {
+        "losses": rows(quality.losses),
+        "tasks": rows(quality.tasks),
+        "speeds": rows(quality.speeds),
+    }
+
+
+def _load(settings: Settings, model: NamedModel, machine: Machine, backend: Backend) -> Load:
+    n_threads = settings.n_threads(machine.host)
+    layers = _ALL_LAYERS if settings.gpu_layers == "auto" else settings.gpu_layers
+    return Load(
+        model_path=str(model.file.path),
+        type_k=REFERENCE_PAIR.k,
+        type_v=REFERENCE_PAIR.v,
+        n_ctx=0,
+        n_seq_max=1,
+        n_batch=settings.batch,
+        n_ubatch=min(settings.ubatch, settings.batch),
+        n_gpu_layers=layers if backend is Backend.CUDA else 0,
+        n_cpu_moe=0,
+        flash_attn=True,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+    )
+
+
+def _environment(backend: Backend) -> dict[str, str]:
+    launch = Launch(backend, REFERENCE_PAIR, 256, 1, 512, 512, 0)
+    return worker_environment(launch)
+
+
+def _about(scope: Scope, options: EvalOptions, text: str) -> dict[str, str]:
+    return {
+        "corpus": options.corpus.name if options.corpus else BUNDLED,
+        "corpus_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "seed": str(options.seed),
+        "ctx": ",".join(map(str, scope.depths)),
+        "positions": f"{scope.n_chunks} x ({scope.n_prefill} batched + {scope.n_decode} decoded)",
+    }

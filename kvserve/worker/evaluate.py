@@ -1,0 +1,54 @@
+"""`python -m kvserve.worker.evaluate`: what KV types cost and how fast they are, on one model.
+
+Reads one `EvalRequest` as JSON from stdin, writes one `EvalAnswer` a line to stdout. The weights
+are loaded once; beside the reference context there is one candidate context at a time. Exit
+status 0, or 1 with one line on stderr.
+"""
+
+import os
+import signal
+import sys
+
+import msgspec
+
+from kvserve.ipc.evaluating import EvalAnswer, EvalRequest
+from kvserve.worker import build
+from kvserve.worker.lifetime import die_with_parent
+
+
+def main() -> int:
+    """Answer the request on stdin; returns the exit status."""
+    die_with_parent()
+    # Ctrl-C in a terminal goes to the whole group; ending this process is the parent's part.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        request = msgspec.json.decode(sys.stdin.buffer.read(), type=EvalRequest)
+    except msgspec.DecodeError as error:
+        return _fail(f"not a request: {error}")
+    if (refusal := build.refusal()) is not None:
+        return _fail(refusal)
+    from kvserve.worker.evaluation import evaluate  # noqa: PLC0415 - loads the library
+
+    try:
+        evaluate(request, _write)
+    except Exception as error:  # one line for the parent, whatever it was
+        return _fail(getattr(error, "message", None) or f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _write(answer: EvalAnswer) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _fail(message: str) -> int:
+    print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    status = main()
+    # Native libraries' own clean-up may crash after the answers are out.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
