@@ -91,6 +91,7 @@ async def serve(
         step_timeout=settings.step_timeout,
         carry_bytes=settings.carry_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
+        serves_below_floor=settings.below_floor == "serve",
     )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)

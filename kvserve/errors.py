@@ -149,6 +149,13 @@ class ReloadInProgress(KvserveError):
     http_status = 409
 
 
+class BelowFloor(KvserveError):
+    """No plan that can be had has KV types good enough for the request's task."""
+
+    code = "kv_floor_unavailable"
+    http_status = 409
+
+
 def revive(
     code: str,
     message: str,

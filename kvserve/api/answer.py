@@ -159,7 +159,10 @@ class Answer(Response):
 
 
 def _headers(served: Served) -> dict[str, str]:
-    return {"x-kvserve-ctx": str(served.n_ctx), "x-kvserve-cache-type": served.cache_type}
+    headers = {"x-kvserve-ctx": str(served.n_ctx), "x-kvserve-cache-type": served.cache_type}
+    if served.warning is not None:
+        headers["x-kvserve-warning"] = served.warning.encode("ascii", "replace").decode()
+    return headers
 
 
 async def _events(tickets: Sequence[Ticket]) -> AsyncGenerator[Indexed, None]:

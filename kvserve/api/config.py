@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvserve.core.plan import Task
 from kvserve.units import MIB
 
 ANY_MODEL = "default"
@@ -34,5 +35,12 @@ class ApiConfig:
     clock: Callable[[], float] = time.time
 
     def serves(self, name: str) -> bool:
-        """Whether a request may call the model by this name."""
-        return name in (self.model_id, ANY_MODEL) or name in self.aliases
+        """Whether a request may call the model by this name, or by `NAME:TASK`."""
+        names = {self.model_id, ANY_MODEL, *self.aliases}
+        return name in names or (task_in(name) is not None and name.rpartition(":")[0] in names)
+
+
+def task_in(name: str) -> Task | None:
+    """The task that a model's name ends with, as in `qwen3-8b:math`."""
+    tail = name.rpartition(":")[2]
+    return Task(tail) if ":" in name and tail in set(Task) else None

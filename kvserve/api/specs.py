@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import structs
 
+from kvserve.api.config import task_in
 from kvserve.api.response_format import read_response_format
 from kvserve.api.schemas import (
     INT32_MAX,
@@ -16,6 +17,7 @@ from kvserve.api.schemas import (
     GenerationRequest,
     Message,
 )
+from kvserve.core.plan import Task
 from kvserve.errors import InvalidRequest, Unsupported
 from kvserve.ipc.messages import (
     ChatMessage,
@@ -158,10 +160,18 @@ def _spec(
         stop=_stops(body.stop),
         ignore_eos=bool(body.ignore_eos),
         min_ctx=(body.kvserve.ctx or 0) if body.kvserve is not None else 0,
+        task=_task(body),
         cache_salt=_encodable(body.cache_salt or "", "cache_salt"),
         n_logprobs=n_logprobs,
         grammar=read_response_format(body.response_format),
     )
+
+
+def _task(body: GenerationRequest) -> Task | None:
+    """The one in `kvserve.task`, else the one that the model's name ends with."""
+    if body.kvserve is not None and body.kvserve.task is not None:
+        return body.kvserve.task
+    return None if body.model is None else task_in(body.model)
 
 
 def _sampling(body: GenerationRequest) -> Sampling:

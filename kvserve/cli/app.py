@@ -53,6 +53,7 @@ def plan(
     *flags.SHARED,
     "max_ctx",
     "adapt",
+    "below_floor",
     "shrink_after",
     "min_reload_interval",
     "host",

@@ -50,6 +50,16 @@ def floor_of(request: Request) -> tuple[CachePair, str] | None:
     return None
 
 
+def stricter(one: Task | None, other: Task | None) -> Task | None:
+    """The task with the higher floor; None where there is neither."""
+    tasks = [task for task in (one, other) if task is not None]
+    return max(tasks, key=lambda task: _precision(TASK_FLOORS[task]), default=None)
+
+
+def _precision(pair: CachePair) -> tuple[float, float]:
+    return pair.k.precision, pair.v.precision
+
+
 def why_below(pair: CachePair, shape: ModelShape, request: Request, quality: Quality) -> str | None:
     """Why `pair` is too poor for the request; None where it may be chosen."""
     if pair == REFERENCE_PAIR:

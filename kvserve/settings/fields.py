@@ -71,6 +71,13 @@ class Settings(BaseModel):
         "it, `grow` reloads with the next power of two and other KV types, `full` also goes back "
         "to `ctx` after a time without need.",
     )
+    below_floor: Annotated[
+        Literal["serve", "refuse"], BeforeValidator(values.choice("serve", "refuse"))
+    ] = Field(
+        "serve",
+        description="What becomes of a request whose task needs better KV types than any plan has: "
+        "`serve` with a warning in a header, or `refuse` with 409.",
+    )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
     )

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
+from kvserve.core.plan import Task
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import Generate, Grammar, Prompt, Sampling, TokenLogprobs
 
@@ -18,7 +19,8 @@ from kvserve.ipc.messages import Generate, Grammar, Prompt, Sampling, TokenLogpr
 class GenerationSpec:
     """What a caller wants generated; the fields are those of `ipc.messages.Generate`.
 
-    `min_ctx` is the least context in tokens that may serve it."""
+    `min_ctx` is the least context in tokens that may serve it; `task` sets a floor for the KV
+    types."""
 
     prompt: Prompt
     sampling: Sampling
@@ -27,6 +29,7 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     min_ctx: int = 0
+    task: Task | None = None
     cache_salt: str = ""
     n_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -35,12 +38,14 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The worker took the request up: the prompt's length, and the plan that serves it."""
+    """The worker took the request up: the prompt's length, and the plan that serves it. `warning`
+    says what the request wanted of the plan and does not get."""
 
     n_prompt_tokens: int
     n_ctx: int
     cache_type: str
     fingerprint: str
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +129,10 @@ class Ticket:
 class Job:
     """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
     is the context that it cannot do without, as far as is known. One that is `settled` makes do
-    with the context there is: no larger one can be had for the rest of its answer. `token_at` is
-    when its last token came, in the clock's seconds; `n_interrupted` how many tokens it had when a
-    worker that had begun it was replaced."""
+    with the context there is: no larger one can be had for the rest of its answer. `below_floor`
+    says why it makes do with KV types that are too poor for its task. `token_at` is when its last
+    token came, in the clock's seconds; `n_interrupted` how many tokens it had when a worker that
+    had begun it was replaced."""
 
     id: int
     spec: GenerationSpec
@@ -138,6 +144,7 @@ class Job:
     n_crashes: int = 0
     announced: bool = False
     settled: bool = False
+    below_floor: str | None = None
     token_at: float | None = None
     n_interrupted: int | None = None
     echoed: bool = False

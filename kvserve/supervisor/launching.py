@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvserve.core.growth import Adapt, GrowthPolicy
-from kvserve.core.plan import Launch, Plan
+from kvserve.core.plan import Launch, Plan, Task
 from kvserve.ipc.messages import Load, Loaded, ToWorker
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
@@ -35,10 +35,20 @@ class Planner(Protocol):
     """Reads the machine and decides."""
 
     async def plan(
-        self, n_ctx: int | None, *, returning_bytes: int = 0, n_out_of_memory: int = 0
+        self,
+        n_ctx: int | None,
+        *,
+        task: Task | None = None,
+        returning_bytes: int = 0,
+        n_out_of_memory: int = 0,
     ) -> Plan:
         """Decide against fresh free memory plus `returning_bytes` that a leaving worker gives
-        back; each out-of-memory seen at load raises the reserve. Raises DoesNotFit, UsageError."""
+        back; each out-of-memory seen at load raises the reserve. The KV types are good enough for
+        `task` too. Raises DoesNotFit, UsageError."""
+        ...
+
+    def allows(self, plan: Plan, task: Task) -> bool:
+        """Whether a plan's KV types are good enough for a task."""
         ...
 
     async def wait_for_room(self, plan: Plan) -> bool:
@@ -72,6 +82,7 @@ class Policy:
     step_timeout: float = 120.0
     carry_bytes: int | None = 0
     growth: GrowthPolicy = NO_GROWTH
+    serves_below_floor: bool = True
 
     def carry_limit(self, following: Plan) -> int:
         """The host memory for sequences on their way to `following`, in bytes."""

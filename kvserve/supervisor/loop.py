@@ -9,12 +9,13 @@ import itertools
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
-from kvserve.core.growth import Adapt, Reloads, grown, may_grow_now, shrunk
+from kvserve.core.growth import Adapt, grown
 from kvserve.core.lifecycle import Event, Phase, advance
-from kvserve.core.plan import Plan
+from kvserve.core.plan import Plan, Task
 from kvserve.errors import KvserveError, NotReady, ReloadInProgress, WorkerFailed
 from kvserve.ipc.messages import (
     Failed,
@@ -31,6 +32,7 @@ from kvserve.ipc.messages import (
     Step,
     Transcode,
 )
+from kvserve.supervisor.adapting import Adapting
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
 from kvserve.supervisor.history import History
@@ -43,7 +45,7 @@ from kvserve.supervisor.recovery import (
     load_failure,
     same_plan_differently,
 )
-from kvserve.supervisor.requests import Requests
+from kvserve.supervisor.requests import Requests, Terms
 from kvserve.supervisor.states import (
     Attempt,
     Cancelled,
@@ -80,8 +82,6 @@ log = structlog.get_logger(__name__)
 
 TICK_SECONDS = 0.25
 LEAVE_SECONDS = 10.0
-ANSWER_TOKENS = 256
-"""Room for an answer that a refusal adds to the context it recommends."""
 SLOWEST_EXPORT = 2**29
 """Bytes a second that a worker which exports its sequences makes at least."""
 STOP_GRACE_SECONDS = 5.0
@@ -119,13 +119,7 @@ class Supervisor:
         self._streak = 0
         self._answered_at_load = 0
         self._heard_at = clock()
-        self._reloaded = Reloads(
-            asked_ctx=first.chosen.launch.n_ctx,
-            n_ctx=first.chosen.launch.n_ctx,
-            changed_at=clock(),
-            went_down=False,
-            needed_at=clock(),
-        )
+        self._adapting = Adapting(policy.growth, first.chosen.launch.n_ctx, clock())
         loop = asyncio.get_running_loop()
         self.first_ready: asyncio.Future[None] = loop.create_future()
         self.stopped: asyncio.Future[None] = loop.create_future()
@@ -282,8 +276,12 @@ class Supervisor:
                     self._heard_at = now
                 # Twice the batch: the next prompts are tokenized before a place is free.
                 places = 2 * attempt.plan.chosen.launch.n_parallel
-                may_grow = grown(loaded.n_ctx + 1, self._policy.growth) is not None
-                self._requests.dispatch(worker, places, loaded.n_ctx, may_grow=may_grow)
+                terms = Terms(
+                    n_ctx=loaded.n_ctx,
+                    may_grow=grown(loaded.n_ctx + 1, self._policy.growth) is not None,
+                    allows=partial(self._planner.allows, attempt.plan),
+                )
+                self._requests.dispatch(worker, places, terms)
                 self._kill_if_hung(worker, now)
                 self._adapt(serving, now)
             case Draining() as draining:
@@ -324,7 +322,9 @@ class Supervisor:
         try:
             if attempt.replan or not await self._planner.wait_for_room(plan):
                 plan = await self._planner.plan(
-                    plan.request.n_ctx, n_out_of_memory=attempt.n_out_of_memory
+                    plan.request.n_ctx,
+                    task=plan.request.task,
+                    n_out_of_memory=attempt.n_out_of_memory,
                 )
             worker = await self._spawner.spawn(plan.chosen.launch)
         except KvserveError as error:
@@ -371,7 +371,7 @@ class Supervisor:
                 self._requests.park(message)
             case Step(), _:
                 self._requests.step(message)
-                self._note_need(message)
+                self._adapting.note(message, self._heard_at)
             case Failed(), _:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
@@ -408,13 +408,8 @@ class Supervisor:
             )
         if not self.first_ready.done():
             self.first_ready.set_result(None)
-        before = self._reloaded
-        self._reloaded = replace(
-            before,
-            n_ctx=message.n_ctx,
-            changed_at=self._clock(),
-            went_down=message.n_ctx < before.n_ctx,
-        )
+        unasked = attempt.change is not None and attempt.change.reason != "context"
+        self._adapting.loaded(message.n_ctx, self._clock(), adapted=unasked)
         if attempt.change is not None:
             error = attempt.failure and WorkerFailed(
                 f"{attempt.failure}; went back to {launch.pair} at {message.n_ctx} tokens"
@@ -506,9 +501,13 @@ class Supervisor:
             error = NotReady("the model is loading; try again", retry_after=5)
         answer.set_exception(error)
 
-    async def _plan_change(self, n_ctx: int | None, change: Change) -> None:
+    async def _plan_change(
+        self, n_ctx: int | None, change: Change, task: Task | None = None
+    ) -> None:
         try:
-            result: Plan | KvserveError = await self.plan(n_ctx)
+            result: Plan | KvserveError = await self._planner.plan(
+                n_ctx, task=task, returning_bytes=self._returning_bytes()
+            )
         except KvserveError as error:
             result = error
         self.post(ChangePlanned(change, result))
@@ -571,11 +570,15 @@ class Supervisor:
     def _finish(self, change: Change, result: Plan | KvserveError) -> None:
         """A change came to its end: tell whoever asked for it, or the requests that needed it."""
         if isinstance(result, Plan) and change.reason == "context":
-            n_ctx = result.chosen.launch.n_ctx
-            self._reloaded = replace(self._reloaded, asked_ctx=n_ctx, n_ctx=n_ctx)
+            self._adapting.asked(result.chosen.launch.n_ctx)
         if isinstance(result, KvserveError) and change.reason == "grow":
             for job in list(self._requests.parked.values()):
-                self._requests.refuse(job, self._reloaded.n_ctx, result.message)
+                self._requests.refuse(job, self._adapting.n_ctx, result.message)
+        if change.reason == "task":
+            if isinstance(result, KvserveError):
+                self._settle_tasks(result.message)
+            elif result.chosen.launch == change.previous.chosen.launch:
+                self._settle_tasks(f"{result.chosen.launch.pair} is fixed")
         if change.answer is None or change.answer.done():  # nobody asked, or they hung up
             return
         if isinstance(result, KvserveError):
@@ -585,41 +588,28 @@ class Supervisor:
         seconds = self._wall_clock() - change.started_at
         change.answer.set_result(ReloadOutcome(result, changed=changed, seconds=seconds))
 
+    def _settle_tasks(self, why: str) -> None:
+        if self._requests.settle_tasks(why, may_serve=self._policy.serves_below_floor):
+            self.post(Tick())  # they are in line again
+
     def _adapt(self, state: Serving, now: float) -> None:
-        """Move the context unasked: up for parked requests, down after a time without need."""
-        policy, facts = self._policy.growth, self._reloaded
+        """Move the context or the KV type unasked, as the requests need it."""
         if self._planning:
             return
-        targets = []
-        for job in list(self._requests.parked.values()):
-            target = grown(job.needs_ctx, policy)
-            if target is not None and target > facts.n_ctx:
-                targets.append(target)
-            elif policy.adapt is not Adapt.OFF:
-                self._requests.refuse(job, policy.max_ctx, "use a shorter prompt")
-            else:
-                remedy = f"shorten it, or `kvserve reload --ctx {job.needs_ctx + ANSWER_TOKENS}`"
-                self._requests.refuse(job, facts.n_ctx, remedy)
-        if targets and may_grow_now(now, facts, policy):
-            self._change_unasked(state, max(targets), "grow")
-        elif not targets and not self._requests.running and not len(self._requests.line):
-            down = shrunk(now, facts, policy)
-            if down is not None:
-                self._change_unasked(state, down, "shrink")
-
-    def _change_unasked(self, state: Serving, n_ctx: int, reason: str) -> None:
-        log.info("context moves", reason=reason, from_n_ctx=state.loaded.n_ctx, to_n_ctx=n_ctx)
+        if self._policy.growth.adapt is Adapt.OFF:
+            self._settle_tasks("nothing is changed unasked (adapt is off)")
+        requests, adapting = self._requests, self._adapting
+        for lost in adapting.hopeless(list(requests.parked.values())):
+            requests.refuse(lost.job, lost.n_ctx, lost.remedy)
+        idle = not requests.running and not len(requests.line)
+        allows = partial(self._planner.allows, state.attempt.plan)
+        move = adapting.move(requests.parked.values(), allows, now, idle=idle)
+        if move is None:
+            return
+        log.info("context moves", reason=move.reason, task=move.task, to_n_ctx=move.n_ctx)
         self._planning = True
-        change = Change(None, self._wall_clock(), state.attempt.plan, reason)
-        self._beside(self._plan_change(n_ctx, change))
-
-    def _note_need(self, message: Step) -> None:
-        """Remember when a request last needed more than the context that was asked for."""
-        longest = max(
-            (end.n_prompt_tokens + end.n_generated_tokens for end in message.ends), default=0
-        )
-        if longest > self._reloaded.asked_ctx:
-            self._reloaded = replace(self._reloaded, needed_at=self._clock())
+        change = Change(None, self._wall_clock(), state.attempt.plan, move.reason)
+        self._beside(self._plan_change(move.n_ctx, change, move.task))
 
     def _returning_bytes(self) -> int:
         """What the present worker's end would free; the prediction until it was measured."""

@@ -8,9 +8,10 @@ from functools import partial
 import structlog
 
 from kvserve.core.findings import NOTHING_FOUND, Findings, likely
+from kvserve.core.floors import stricter, why_below
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
-from kvserve.core.plan import Launch, Plan, Request
+from kvserve.core.plan import Launch, Plan, Request, Task
 from kvserve.core.selector import default_reserve, select
 from kvserve.core.shape import ModelShape
 from kvserve.device.host import process_rss, read_host
@@ -79,22 +80,41 @@ class MachinePlanner:
         self._free_before: dict[str, int] = {}
 
     async def plan(
-        self, n_ctx: int | None, *, returning_bytes: int = 0, n_out_of_memory: int = 0
+        self,
+        n_ctx: int | None,
+        *,
+        task: Task | None = None,
+        returning_bytes: int = 0,
+        n_out_of_memory: int = 0,
     ) -> Plan:
         """Decide against fresh free memory. Raises DoesNotFit, UsageError."""
         machine = await asyncio.to_thread(self._machines.read)
-        n = n_out_of_memory
-        if not _has_room_to_measure(machine):
-            return self.decide(machine, n_ctx, returning_bytes, n)
-        return await asyncio.to_thread(self.decide_confirmed, machine, n_ctx, returning_bytes, n)
+        may_measure = _has_room_to_measure(machine)
+        decide = self.decide_confirmed if may_measure else self.decide
+        return await asyncio.to_thread(
+            decide, machine, n_ctx, returning_bytes, n_out_of_memory, task=task
+        )
+
+    def allows(self, plan: Plan, task: Task) -> bool:
+        """Whether a plan's KV types are good enough for a task. A floor that the user set by type
+        is the last word."""
+        launch = plan.chosen.launch
+        request = replace(self._request, n_ctx=launch.n_ctx, task=task)
+        return why_below(launch.pair, self._shape, request, self._quality) is None
 
     def decide(
-        self, machine: Machine, n_ctx: int | None, returning_bytes: int, n_out_of_memory: int
+        self,
+        machine: Machine,
+        n_ctx: int | None,
+        returning_bytes: int,
+        n_out_of_memory: int,
+        *,
+        task: Task | None = None,
     ) -> Plan:
         """The same for a machine that was read already, with what is known of llama.cpp's figures
         and without asking for more."""
         findings = NOTHING_FOUND if self._oracle is None else self._oracle.findings
-        return self._decide(machine, n_ctx, returning_bytes, n_out_of_memory, findings)
+        return self._decide(machine, n_ctx, returning_bytes, n_out_of_memory, task, findings)
 
     def decide_confirmed(
         self,
@@ -103,15 +123,16 @@ class MachinePlanner:
         returning_bytes: int,
         n_out_of_memory: int,
         *,
+        task: Task | None = None,
         ahead: bool = False,
     ) -> Plan:
         """The same, with a chosen launch that llama.cpp laid out, where it can be asked. Takes
         about a second for what is not known yet, and a CUDA context on the GPU meanwhile. With
         `ahead` the launches that reloads may need are asked about in the same go."""
-        plan = self.decide(machine, n_ctx, returning_bytes, n_out_of_memory)
+        plan = self.decide(machine, n_ctx, returning_bytes, n_out_of_memory, task=task)
         if self._oracle is None:
             return plan
-        decide = partial(self._decide, machine, n_ctx, returning_bytes, n_out_of_memory)
+        decide = partial(self._decide, machine, n_ctx, returning_bytes, n_out_of_memory, task)
         plan = confirm(plan, self._oracle, decide, likely(plan) if ahead else ())
         self._tell(plan)
         return plan
@@ -136,9 +157,10 @@ class MachinePlanner:
         n_ctx: int | None,
         returning_bytes: int,
         n_out_of_memory: int,
+        task: Task | None,
         findings: Findings,
     ) -> Plan:
-        request = replace(self._request, n_ctx=n_ctx)
+        request = replace(self._request, n_ctx=n_ctx, task=stricter(self._request.task, task))
         machine = _with_returned(machine, request, returning_bytes)
         if n_out_of_memory:
             free = sum(gpu.free_bytes for gpu in machine.gpus) or machine.host.free_bytes

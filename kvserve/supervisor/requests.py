@@ -6,8 +6,11 @@ had generated is kept, and the next worker goes on from there.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from kvserve.core.plan import Task
 from kvserve.errors import (
+    BelowFloor,
     ContextLengthExceeded,
     DeadlineExceeded,
     KvserveError,
@@ -31,6 +34,16 @@ from kvserve.supervisor.states import Worker
 
 MAX_CRASHES = 2
 """A request that was running in this many dying workers is not given to another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the worker offers: its context in tokens, whether an answer that fills it is parked for
+    a larger one, and which tasks its KV types are good enough for."""
+
+    n_ctx: int
+    may_grow: bool
+    allows: Callable[[Task], bool]
 
 
 class Requests:
@@ -71,17 +84,19 @@ class Requests:
         """Requests that no worker has."""
         return len(self.line) + len(self.parked)
 
-    def dispatch(self, worker: Worker, limit: int, n_ctx: int, *, may_grow: bool = False) -> None:
-        """Hand waiting requests to the worker until it has `limit`; park what asks for more
-        context than its `n_ctx`. With `may_grow` an answer that fills the context is parked too."""
+    def dispatch(self, worker: Worker, limit: int, terms: Terms) -> None:
+        """Hand waiting requests to the worker until it has `limit`; park what asks for more than
+        its `terms`."""
         while len(self.line) and len(self.running) < limit:
             job = self.line.pop()
             job.needs_ctx = max(job.needs_ctx, job.spec.min_ctx)
-            if job.needs_ctx > n_ctx and not job.settled:
+            task = None if job.below_floor is not None else job.spec.task
+            too_long = job.needs_ctx > terms.n_ctx and not job.settled
+            if too_long or not (task is None or terms.allows(task)):
                 self.parked[job.id] = job
                 continue
             self.running[job.id] = job
-            worker.send(job.to_message(may_grow=may_grow))
+            worker.send(job.to_message(may_grow=terms.may_grow))
 
     def cancel(self, request_id: int, worker: Worker | None) -> None:
         """Forget a request that its caller gave up."""
@@ -115,6 +130,7 @@ class Requests:
                     n_ctx=n_ctx,
                     cache_type=cache_type,
                     fingerprint=fingerprint,
+                    warning=job.below_floor,
                 )
             )
 
@@ -179,6 +195,20 @@ class Requests:
                 param="messages" if isinstance(job.spec.prompt, ChatPrompt) else "prompt",
             ),
         )
+
+    def settle_tasks(self, why: str, *, may_serve: bool) -> bool:
+        """No better KV types can be had for the parked requests with a task: they are served with
+        a warning, or fail. Returns whether there were any."""
+        waiting = [job for job in self.parked.values() if job.spec.task is not None]
+        for job in waiting:
+            del self.parked[job.id]
+            reason = f"no plan has KV types good enough for the task {job.spec.task}: {why}"
+            if may_serve:
+                job.below_floor = reason
+                self.line.put_back([job])
+            else:
+                self._fail(job, BelowFloor(reason, param="kvserve.task"))
+        return bool(waiting)
 
     def worker_paused(self) -> None:
         """Everything that ran goes back to the front of the line."""

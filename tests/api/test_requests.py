@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kvserve.core.plan import Task
 from kvserve.ipc.messages import (
     ChatMessage,
     ChatPrompt,
@@ -284,3 +285,17 @@ def test_a_context_above_the_models_names_the_models():
     error = chat(kvserve={"ctx": 131073}).json()["error"]
     assert error["param"] == "kvserve.ctx"
     assert "the model was trained for 131072 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "task"),
+    [
+        ({}, None),
+        ({"model": "default"}, None),
+        ({"model": "default:math"}, Task.MATH),
+        ({"kvserve": {"task": "rag"}}, Task.RAG),
+        ({"model": "default:math", "kvserve": {"task": "chat"}}, Task.CHAT),
+    ],
+)
+def test_a_task_is_named_by_field_or_by_model(fields, task) -> None:
+    assert spec_of(chat, **fields).task is task

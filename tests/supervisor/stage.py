@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from kvserve.core.dtypes import CachePair, parse_pair
-from kvserve.core.plan import Launch, Plan, Request
+from kvserve.core.floors import why_below
+from kvserve.core.loss import NOTHING_MEASURED
+from kvserve.core.plan import Launch, Plan, Request, Task
 from kvserve.core.selector import select
 from kvserve.errors import KvserveError, WorkerFailed
 from kvserve.ipc.messages import (
@@ -129,13 +131,23 @@ class FakePlanner:
         self.measured = Measured(MemoryReport(), device_bytes=1000, returning_bytes=1000)
 
     async def plan(
-        self, n_ctx: int | None, *, returning_bytes: int = 0, n_out_of_memory: int = 0
+        self,
+        n_ctx: int | None,
+        *,
+        task: Task | None = None,
+        returning_bytes: int = 0,
+        n_out_of_memory: int = 0,
     ) -> Plan:
         self.returning.append(returning_bytes)
         self.out_of_memory.append(n_out_of_memory)
         if self.error is not None:
             raise self.error
-        return select(llama3_8b(), machine(self.vram_gib), Request(n_ctx=n_ctx))
+        request = Request(n_ctx=n_ctx, task=task)
+        return select(llama3_8b(), machine(self.vram_gib), request)
+
+    def allows(self, plan: Plan, task: Task) -> bool:
+        request = Request(n_ctx=plan.chosen.launch.n_ctx, task=task)
+        return why_below(plan.chosen.launch.pair, plan.shape, request, NOTHING_MEASURED) is None
 
     async def wait_for_room(self, plan: Plan) -> bool:
         return self.room

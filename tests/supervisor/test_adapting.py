@@ -7,7 +7,8 @@ import pytest
 
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.lifecycle import Phase
-from kvserve.errors import ContextLengthExceeded, DoesNotFit
+from kvserve.core.plan import Task
+from kvserve.errors import BelowFloor, ContextLengthExceeded, DoesNotFit
 from kvserve.ipc.messages import LoadFailed, NeedsContext
 from tests.supervisor.stage import SPEC, FakeWorker, Generate, Stage, play
 
@@ -269,6 +270,85 @@ def test_where_nothing_may_grow_an_answer_is_not_told_to(growth: GrowthPolicy) -
         worker = await stage.serving()
         await stage.submit()
         assert not worker.of_kind(Generate)[0].may_grow
+        await stage.end()
+
+    play(story)
+
+
+MATH = replace(SPEC, task=Task.MATH)
+
+
+async def grown_to_q8(stage: Stage) -> FakeWorker:
+    """On to 32K of q8_0, at the user's wish."""
+    old = await stage.serving()
+    change = asyncio.create_task(stage.supervisor.change_context(32768))
+    new = await turn_over(stage, old)
+    assert str((await change).plan.chosen.launch.pair) == "q8_0:q8_0"
+    return new
+
+
+def test_a_task_that_needs_better_types_gets_them() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        worker = await grown_to_q8(stage)
+        stage.planner.vram_gib = 12.0
+        chat = await stage.submit(replace(SPEC, task=Task.CHAT))
+        exact = await stage.submit(MATH)
+        assert [g.id for g in worker.of_kind(Generate)] == [chat.id]
+        worker.answer(chat.id, 1, done=True)
+        new = await turn_over(stage, worker)
+        assert str(new.launch.pair) == "f16:f16"
+        assert new.launch.n_ctx == 32768
+        assert [g.id for g in new.of_kind(Generate)] == [exact.id]
+        new.started(exact.id)
+        new.answer(exact.id, 1, done=True)
+        await stage.settle()
+        assert exact.served[0].warning is None
+        assert stage.supervisor.status().reloads[-1].reason == "task"
+        await stage.end()
+
+    play(story)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("growth", [GROW, replace(GROW, adapt=Adapt.OFF)])
+def test_a_task_whose_types_cannot_be_had_is_told_so(growth: GrowthPolicy, serves: bool) -> None:
+    async def story() -> None:
+        stage = Stage(growth=growth, serves_below_floor=serves)
+        worker = await grown_to_q8(stage)
+        stage.planner.error = DoesNotFit("f16 needs more", needed_bytes=2, free_bytes=1)
+        caller = await stage.submit(MATH)
+        await stage.settle()
+        if serves:
+            worker.started(caller.id)
+            worker.answer(caller.id, 1, done=True)
+            await stage.settle()
+            assert caller.done is not None
+            assert "math" in (caller.served[0].warning or "")
+        else:
+            assert isinstance(caller.error, BelowFloor)
+            assert caller.error.http_status == 409
+            assert worker.of_kind(Generate) == []
+        await stage.end()
+
+    play(story)
+
+
+def test_types_that_were_changed_for_requests_are_left_for_a_while() -> None:
+    async def story() -> None:
+        stage = Stage(growth=replace(GROW, min_interval=30))
+        old = await stage.serving()
+        long = await stage.submit()
+        old.say(NeedsContext(id=long.id, n_tokens=20000))
+        new = await turn_over(stage, old)
+        assert str(new.launch.pair) == "q8_0:q8_0"
+        new.answer(long.id, 1, done=True)
+        exact = await stage.submit(MATH)
+        assert stage.supervisor.ready
+        await stage.pass_time(31)
+        last = await turn_over(stage, new)
+        assert (last.launch.n_ctx, str(last.launch.pair)) == (16384, "f16:f16")
+        assert [g.id for g in last.of_kind(Generate)] == [exact.id]
         await stage.end()
 
     play(story)
