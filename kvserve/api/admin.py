@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from kvserve.api.config import ApiConfig
 from kvserve.api.documents import describe_phase, plan_document, reload_document, status_document
 from kvserve.api.errors import error_response
+from kvserve.api.events import Events
 from kvserve.api.schemas import INT32_MAX, ContextRequest
 from kvserve.errors import InvalidRequest, NotReady
 from kvserve.supervisor.service import Service
@@ -19,14 +20,21 @@ def admin_router(service: Service, config: ApiConfig) -> APIRouter:
     """The routes under `/admin`."""
     router = APIRouter(prefix="/admin")
 
-    @router.get("/status")
-    async def status() -> dict[str, Any]:
+    def now() -> dict[str, Any]:
         return status_document(
             service.status(),
             model_id=config.model_id,
             ready=service.ready,
             now=config.clock(),
         )
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        return now()
+
+    @router.get("/events")
+    async def events() -> Response:
+        return Events(service, now, config.clock, config.ping_seconds)
 
     @router.get("/plan")
     async def plan(ctx: str = Query("max", description="Tokens, or `max`.")) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kvserve.core.lifecycle import Phase
 from kvserve.core.machine import Backend, Gpu, Machine
 from kvserve.core.plan import Candidate, Memory, Plan, Request
 from kvserve.core.shape import ModelShape
+from kvserve.supervisor.news import Item, PhaseEntered, WeightsLoaded
 from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
 
 Document = dict[str, Any]
@@ -66,6 +67,23 @@ def reload_document(outcome: ReloadOutcome) -> Document:
         "seconds": outcome.seconds,
         "plan": plan_document(outcome.plan),
     }
+
+
+def news_document(item: Item, now: float) -> Document:
+    """One event of `/admin/events`; `now` is in seconds since the epoch."""
+    match item:
+        case PhaseEntered(phase, previous, seconds):
+            facts: Document = {
+                "event": "phase",
+                "phase": str(phase),
+                "previous": str(previous),
+                "seconds": seconds,
+            }
+        case WeightsLoaded(fraction):
+            facts = {"event": "load", "load_fraction": fraction}
+        case ReloadRecord():
+            facts = {"event": "reload", **_reload(item)}
+    return {**facts, "at": now}
 
 
 def describe_phase(phase: Phase, load_fraction: float | None) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 
 from kvserve.cli.statuses import reload_text, status_text
+from kvserve.core.lifecycle import Phase
 from kvserve.errors import KvserveError, UsageError, WorkerFailed, revive
 from kvserve.instance import Instance, InstancePaths, find_instance, remove_instance
 from kvserve.settings import load_settings
@@ -33,10 +35,28 @@ def reload(ctx: str, port: str | None, state_dir: str | None, *, as_json: bool) 
     """Ask for another context and wait for the outcome."""
     instance = _instance(port, state_dir)
     n_ctx = load_settings({"ctx": ctx}, environ={}).ctx
+    if not as_json:
+        threading.Thread(target=_tell_progress, args=(instance,), daemon=True).start()
     document = _call(
         instance, "POST", "/admin/context", {"n_ctx": n_ctx}, timeout=_RELOAD_TIMEOUT_SECONDS
     )
     print(json.dumps(document, indent=2) if as_json else reload_text(document))
+
+
+def _tell_progress(instance: Instance) -> None:
+    """Print the phases that the daemon goes through, as long as it tells them."""
+    headers = {"authorization": f"Bearer {instance.admin_token}"}
+    with (
+        contextlib.suppress(httpx.HTTPError),
+        httpx.Client(trust_env=False, timeout=30.0) as client,
+        client.stream("GET", f"{instance.url}/admin/events", headers=headers) as response,
+    ):
+        for line in response.iter_lines():
+            event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
+            if event.get("event") == "phase":
+                seconds = f"{event['previous']} took {event['seconds']:.1f} s"
+                told = "" if event["previous"] == Phase.SERVING else f"  ({seconds})"
+                print(f"         {event['phase']}{told}", flush=True)
 
 
 def stop(port: str | None, state_dir: str | None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from kvserve.ipc.messages import CarryReport
+from kvserve.supervisor.news import News
 from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Attempt
 from kvserve.supervisor.status import ReloadRecord
@@ -13,8 +14,14 @@ KEPT_RELOADS = 50
 class History:
     """Counts and records. `wall_clock` gives seconds since the epoch."""
 
-    def __init__(self, wall_clock: Callable[[], float], observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        wall_clock: Callable[[], float],
+        observer: Observer | None = None,
+        news: News | None = None,
+    ) -> None:
         self._observer = observer or Unobserved()
+        self._news = news or News()
         self._wall_clock = wall_clock
         self._spawned_at = wall_clock()
         self.started_at = wall_clock()
@@ -56,4 +63,5 @@ class History:
             carry=carry,
         )
         self._observer.reloaded(record)
+        self._news.tell(record)
         self.reloads = (*self.reloads, record)[-KEPT_RELOADS:]

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +38,7 @@ from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
+from kvserve.supervisor.news import Listener, News, PhaseEntered, WeightsLoaded
 from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.recovery import (
     Failure,
@@ -102,6 +104,7 @@ class Supervisor:
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or Unobserved()
+        self._news = News()
         self._policy = policy
         self._spawner = spawner
         self._planner = planner
@@ -114,7 +117,7 @@ class Supervisor:
         self._phase_began_at = clock()
         self._state: State = Idle(Attempt(first, "start"), start_at=clock())
         self._measured: Measured | None = None
-        self._history = History(wall_clock, self._observer)
+        self._history = History(wall_clock, self._observer, self._news)
         self._planning = False
         self._streak = 0
         self._answered_at_load = 0
@@ -139,6 +142,10 @@ class Supervisor:
         deadline = None if limit is None else now + limit
         self.post(Submitted(Job(ticket.id, spec, ticket, submitted_at=now, deadline=deadline)))
         return ticket
+
+    def listen(self) -> AbstractContextManager[Listener]:
+        """Be told what happens from now on."""
+        return self._news.listen()
 
     async def plan(self, n_ctx: int | None) -> Plan:
         """What would be chosen now; the running worker's memory counts as free."""
@@ -202,6 +209,7 @@ class Supervisor:
             if (attempt := attempt_of(self._state)) is not None:
                 attempt.carried.close()
             self._requests.fail_all(NotReady("the server is shutting down"))
+            self._news.tell(None)
             await self._spawner.close()
             if not self.stopped.done():
                 self.stopped.set_result(None)
@@ -239,7 +247,9 @@ class Supervisor:
         if state.phase is not advance(self._state.phase, event):
             raise AssertionError(f"{event} does not lead from {self._state.phase} to {state.phase}")
         now = self._clock()
-        self._observer.phase_left(self._state.phase, now - self._phase_began_at)
+        previous, seconds = self._state.phase, now - self._phase_began_at
+        self._observer.phase_left(previous, seconds)
+        self._news.tell(PhaseEntered(state.phase, previous, seconds))
         self._phase_began_at = now
         self._state = state
 
@@ -356,6 +366,7 @@ class Supervisor:
                 self._history.engine = f"{message.engine} {message.engine_version}"
             case Progress(), Loading() as state:
                 self._update(replace(state, fraction=message.fraction, heard_at=self._heard_at))
+                self._news.tell(WeightsLoaded(message.fraction))
             case Loaded(), Loading() as state:
                 self._on_loaded(state, message)
             case LoadFailed(), Loading() as state:

@@ -1,9 +1,11 @@
 """What the API needs of the supervisor, as a protocol; tests give it a scripted one."""
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvserve.core.plan import Plan
 from kvserve.supervisor.admission import GenerationSpec, Ticket
+from kvserve.supervisor.news import Listener
 from kvserve.supervisor.status import ReloadOutcome, Status
 
 
@@ -21,6 +23,10 @@ class Service(Protocol):
 
     def status(self) -> Status:
         """The state at this moment."""
+        ...
+
+    def listen(self) -> AbstractContextManager[Listener]:
+        """Be told what happens from now on."""
         ...
 
     async def plan(self, n_ctx: int | None) -> Plan:

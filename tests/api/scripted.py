@@ -21,6 +21,7 @@ from kvserve.errors import KvserveError
 from kvserve.ipc.messages import MemoryReport
 from kvserve.metrics import Metrics
 from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket, TicketEvent
+from kvserve.supervisor.news import News
 from kvserve.supervisor.status import Measured, ReloadOutcome, ReloadRecord, Status
 from tests.core.shapes import llama3_8b, machine
 
@@ -105,6 +106,8 @@ class ScriptedService:
         self.ready = True
         self.now = SERVING
         self.specs: list[GenerationSpec] = []
+        self.news = News()
+        self.listen = self.news.listen
         self._tickets: list[Ticket] = []
         self.asked: list[int | None] = []
         self.on_plan: Callable[[int | None], Plan] = lambda _n_ctx: PLAN
