@@ -142,6 +142,7 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     needs_ctx: int = 0
     n_crashes: int = 0
+    n_before_crash: int = 0
     announced: bool = False
     settled: bool = False
     below_floor: str | None = None

@@ -280,7 +280,7 @@ class Supervisor:
             case Loading(worker, heard_at=heard_at):
                 if now - heard_at > self._policy.load_timeout:
                     log.error("worker hangs while loading", pid=worker.pid)
-                    worker.kill()
+                    worker.kill(f"silent for {now - heard_at:.0f} s while it loaded")
             case Serving(worker, attempt, loaded) as serving:
                 if not self._requests.running:
                     self._heard_at = now
@@ -309,7 +309,7 @@ class Supervisor:
     def _kill_if_hung(self, worker: Worker, now: float) -> None:
         if self._requests.running and now - self._heard_at > self._policy.step_timeout:
             log.error("worker hangs", pid=worker.pid, silent_seconds=round(now - self._heard_at))
-            worker.kill()
+            worker.kill(f"silent for {now - self._heard_at:.0f} s with work to do")
 
     def _answering_worker(self) -> Worker | None:
         answering = isinstance(self._state, Serving | Draining | Stopping)
@@ -565,7 +565,7 @@ class Supervisor:
             patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
             self._update(replace(state, kill_at=now + patience))
         elif state.kill_at is not None and now >= state.kill_at:
-            state.worker.kill()
+            state.worker.kill("it did not pause for a reload")
         else:
             self._kill_if_hung(state.worker, now)
 

@@ -36,6 +36,7 @@ class ProcessWorker:
         self._channel = channel
         self._log = log
         self._log_from = log_from
+        self._killed_for: str | None = None
 
     @property
     def pid(self) -> int:
@@ -60,8 +61,10 @@ class ProcessWorker:
             self.kill()
             return None
 
-    def kill(self) -> None:
-        """SIGKILL to the worker and whatever it started."""
+    def kill(self, why: str | None = None) -> None:
+        """SIGKILL to the worker and whatever it started; `why` becomes the cause of its end."""
+        if self.alive:
+            self._killed_for = self._killed_for or why
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -70,7 +73,7 @@ class ProcessWorker:
         returncode = await self._process.wait()
         self.kill()
         self._channel.close()
-        return Exit(returncode=returncode, last_words=self._last_words())
+        return Exit(returncode, self._last_words(), self._killed_for)
 
     def _last_words(self) -> str:
         try:

@@ -33,7 +33,10 @@ from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Worker
 
 MAX_CRASHES = 2
-"""A request that was running in this many dying workers is not given to another one."""
+"""A request that was running in this many dying workers, the last of which brought it no further,
+is not given to another one."""
+MAX_CRASHES_GETTING_ON = 8
+"""Nor is one that was in so many, whatever it got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +226,12 @@ class Requests:
         for job in self.running.values():
             job.n_crashes += 1
             job.note_interruption()
-            if job.n_crashes >= MAX_CRASHES:
-                self._fail(job, WorkerFailed(f"the worker died twice with this request: {cause}"))
+            # One that got on since the last crash did not cause it, or not at once.
+            stuck = len(job.tokens) <= job.n_before_crash
+            job.n_before_crash = len(job.tokens)
+            if job.n_crashes >= (MAX_CRASHES if stuck else MAX_CRASHES_GETTING_ON):
+                n = job.n_crashes
+                self._fail(job, WorkerFailed(f"{n} workers died with this request: {cause}"))
             else:
                 survivors.append(job)
         self.running.clear()

@@ -18,14 +18,18 @@ from kvserve.supervisor.status import Measured, ReloadOutcome
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a worker process ended: its return code (negative: the signal), and its last words."""
+    """How a worker process ended: its return code (negative: the signal), and its last words.
+    `killed_for` is why the daemon killed it, where it did."""
 
     returncode: int
     last_words: str
+    killed_for: str | None = None
 
     @property
     def cause(self) -> str:
         """The end in words, for messages and metrics."""
+        if self.killed_for is not None:
+            return self.killed_for
         if self.returncode < 0:
             return _SIGNALS.get(-self.returncode, f"signal {-self.returncode}")
         return f"exit status {self.returncode}"
@@ -59,8 +63,8 @@ class Worker(Protocol):
         """The next frame, None when there will be no more."""
         ...
 
-    def kill(self) -> None:
-        """SIGKILL to the whole process group; safe to call twice."""
+    def kill(self, why: str | None = None) -> None:
+        """SIGKILL to the whole process group, for the reason `why`; safe to call twice."""
         ...
 
     async def wait(self) -> Exit:

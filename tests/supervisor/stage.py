@@ -71,7 +71,7 @@ class FakeWorker:
     async def receive(self) -> FromWorker | None:
         return await self._frames.get()
 
-    def kill(self) -> None:
+    def kill(self, why: str | None = None) -> None:
         if not self.gone:
             self.killed = True
             self.on_kill()

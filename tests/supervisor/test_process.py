@@ -176,13 +176,13 @@ def test_a_trap_is_mended_by_loading_without_repacked_weights(tmp_path: Path) ->
     play(story)
 
 
-@pytest.mark.parametrize("script", [{"hang_at": "step:5"}, {"garbage_at": "step:5"}])
+@pytest.mark.parametrize("script", [{"hang_at": "first_step"}, {"garbage_at": "first_step"}])
 def test_a_worker_gone_mad_is_replaced_and_a_request_that_maddens_two_fails(
     script: dict[str, Any], tmp_path: Path
 ) -> None:
     async def story() -> None:
         async with Troupe(tmp_path, {"step_timeout": 0.5}, script) as supervisor:
-            with pytest.raises(WorkerFailed, match="died twice"):
+            with pytest.raises(WorkerFailed, match="died"):
                 await ask(supervisor)
             assert supervisor.status().n_worker_deaths == 2
 
@@ -253,5 +253,25 @@ def test_a_worker_that_died_ahead_is_replaced(tmp_path: Path) -> None:
         assert isinstance(await worker.receive(), Hello)
         worker.kill()
         await worker.wait()
+
+    play(story)
+
+
+def test_a_request_that_got_on_is_given_to_another_worker_again(tmp_path: Path) -> None:
+    script = {"die_at": "step:9"}
+
+    async def story() -> None:
+        async with Troupe(tmp_path, {}, script) as supervisor:
+            assert await ask(supervisor) == WHOLE + "|length"
+            assert supervisor.status().n_worker_deaths == 2
+
+    play(story)
+
+
+def test_a_hanging_worker_is_said_to_have_hung(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Troupe(tmp_path, {"step_timeout": 0.5}, {"hang_at": "first_step"}) as supervisor:
+            with pytest.raises(WorkerFailed, match=r"silent for \d+ s with work to do"):
+                await ask(supervisor)
 
     play(story)

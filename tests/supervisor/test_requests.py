@@ -16,7 +16,9 @@ from kvserve.ipc.messages import (
     TokenLogprobs,
 )
 from kvserve.supervisor.admission import Done, Echoed, GenerationSpec, Job, Text, Ticket
-from kvserve.supervisor.requests import Requests
+from kvserve.supervisor.requests import Requests, Terms
+
+TERMS = Terms(n_ctx=512, may_grow=False, allows=lambda _task: True)
 
 
 @dataclass
@@ -35,7 +37,7 @@ def start(requests: Requests, worker: Worker, request: int = 1, **fields: object
     spec = GenerationSpec(prompt=TextPrompt("hi"), sampling=Sampling(), **fields)
     ticket = Ticket(request, lambda _: None)
     requests.admit(Job(request, spec, ticket, 0.0, None))
-    requests.dispatch(worker, 4, 512)
+    requests.dispatch(worker, 4, TERMS)
     return ticket
 
 
@@ -85,7 +87,7 @@ def test_an_echo_comes_first_and_only_once() -> None:
     ticket = start(requests, worker, echo=True)
     requests.step(Step(deltas=(Delta(1, "x", (5,)),), echoes=(Echo(1, (b"h", b"i")),)))
     requests.worker_paused()
-    requests.dispatch(worker, 4, 512)
+    requests.dispatch(worker, 4, TERMS)
     assert [message.echo for message in worker.sent] == [True, False]
     requests.step(Step(ends=(End(1, "stop", 2, 1),)))
     told = asyncio.run(events(ticket))
@@ -96,5 +98,5 @@ def test_an_echo_that_never_came_is_asked_for_again() -> None:
     worker, requests = Worker(), Requests(8)
     start(requests, worker, echo=True)
     requests.worker_paused()
-    requests.dispatch(worker, 4, 512)
+    requests.dispatch(worker, 4, TERMS)
     assert [message.echo for message in worker.sent] == [True, True]
