@@ -187,6 +187,12 @@ def evaluate(
     ] = None,
     ctx: Annotated[str | None, typer.Option("--ctx", "-c", help="Depths by commas.")] = None,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Pieces of text.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="`all`, `none`, or names by commas.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--form", help="Of the tasks: auto, completion or chat.")
+    ] = "auto",
     corpus: Annotated[
         Path | None, typer.Option("--corpus", help="UTF-8 text to read; a novel otherwise.")
     ] = None,
@@ -203,6 +209,8 @@ def evaluate(
         pairs=pairs,
         ctx=ctx,
         chunks=chunks,
+        tasks=tasks,
+        form=form,
         corpus=corpus,
         seed=seed,
         as_json=as_json,

@@ -14,6 +14,8 @@ from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import parse_pair
 from kvserve.ipc.evaluating import REFERENCE
 from kvserve.ipc.messages import Load
+from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.templates import choose
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -35,6 +37,17 @@ class Weights:
     def n_threads(self) -> int:
         """CPU threads, for what is computed outside llama.cpp."""
         return self._load.n_threads
+
+    @contextmanager
+    def renderer(self) -> Iterator[ChatRenderer]:
+        """The model's chat template, in its process."""
+        context, vocab = self._context, self.vocab
+        template = choose(context.architecture, context.chat_template, vocab.has)
+        renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
+        try:
+            yield renderer
+        finally:
+            renderer.close()
 
     @contextmanager
     def context(self, pair: str, n_ctx: int, *, control: bool = False) -> Iterator[Context]:
