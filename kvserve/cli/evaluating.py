@@ -12,9 +12,11 @@ import typer
 from kvserve.cli.models import NamedModel, open_model
 from kvserve.core.loss import REFERENCE_PAIR, Quality
 from kvserve.core.machine import Backend, Machine
+from kvserve.core.memory import kv_bytes
 from kvserve.core.plan import Launch
 from kvserve.errors import UsageError
 from kvserve.eval.corpus import BUNDLED, read_corpus
+from kvserve.eval.report import report
 from kvserve.eval.scope import Scope, narrowed, preset
 from kvserve.eval.session import Job, Outcome, run
 from kvserve.eval.tables import quality_text
@@ -47,6 +49,7 @@ class EvalOptions:
     form: str
     corpus: Path | None
     seed: int
+    html: Path | None
     as_json: bool
 
 
@@ -92,7 +95,10 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
         settings=_about(scope, options, text, chat=chat),
         items=items,
     )
-    print_outcome(run(job, Profiles(), sys.stderr), options.as_json)
+    outcome = run(job, Profiles(), sys.stderr)
+    if options.html is not None:
+        _write_report(options.html, model, job, outcome)
+    print_outcome(outcome, options.as_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,29 @@ class Target:
     load: Load
     environment: Mapping[str, str]
     key: ProfileKey
+    backend: Backend
+
+
+def _write_report(path: Path, model: NamedModel, job: Job, outcome: Outcome) -> None:
+    """All that is known of the model, this run's figures included."""
+    known = Profiles().read(job.model_id, job.key).quality
+    quality = known.joined(outcome.quality)
+    n_ctx = max((row.depth for row in quality.losses), default=256)
+    shape = model.file.shape
+    kv = {}
+    for pair in {row.pair for row in quality.losses}:
+        launch = Launch(Backend.CPU, pair, n_ctx, 1, 512, 512, 0)
+        kv[pair] = sum(kv_bytes(layer, launch) for layer in shape.layers)
+    about = {
+        "model": f"{shape.name or job.model_id} {shape.quantization or ''}".strip(),
+        "device": job.key.device,
+        "llama-cpp-python": job.key.build.partition(" ")[0],
+        **job.settings,
+    }
+    try:
+        path.expanduser().write_text(report(quality, about, kv, n_ctx), "utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path}: {error.strerror}", param="html") from error
 
 
 def target_of(settings: Settings, model: NamedModel) -> Target:
@@ -112,6 +141,7 @@ def target_of(settings: Settings, model: NamedModel) -> Target:
         _load(settings, model, machine, backend),
         _environment(backend),
         profile_key(model.file.identity, machine, backend),
+        backend,
     )
 
 
