@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import parse_pair
-from kvserve.ipc.evaluating import REFERENCE
 from kvserve.ipc.messages import Load
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.templates import choose
@@ -70,11 +69,6 @@ class Weights:
             yield opened
         finally:
             opened.close()
-
-
-def is_control(pair: str) -> bool:
-    """Whether a candidate has the reference's own types."""
-    return pair == REFERENCE
 
 
 def read_tokens(context: Context, tokens: Tokens, start: int) -> None:
