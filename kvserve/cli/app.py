@@ -171,9 +171,21 @@ def bench(
     threads: Annotated[int | None, typer.Option("--threads")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Without the GPU.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write a plot here.")] = None,
+    kv: Annotated[
+        bool, typer.Option("--kv", help="Time each K-V pair instead, for `plan` and `start`.")
+    ] = False,
+    pairs: Annotated[str | None, typer.Option("--pairs", help="With --kv, by commas.")] = None,
+    depths: Annotated[
+        str | None, typer.Option("--depths", help="With --kv, tokens in the cache.")
+    ] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Measure throughput and latency under load, beside llama-server where asked."""
+    if kv:
+        from kvserve.cli.timing import KvBenchOptions, bench_kv  # noqa: PLC0415
+
+        bench_kv(KvBenchOptions(model, pairs, depths, threads, cpu, as_json))
+        return
     from kvserve.cli.benching import BenchOptions, bench  # noqa: PLC0415
 
     bench(
@@ -236,9 +248,16 @@ def evaluate(
     ] = None,
     ctx: Annotated[str | None, typer.Option("--ctx", "-c", help="Depths by commas.")] = None,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Pieces of text.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="`all`, `none`, or names by commas.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--form", help="Of the tasks: auto, completion or chat.")
+    ] = "auto",
     corpus: Annotated[
         Path | None, typer.Option("--corpus", help="UTF-8 text to read; a novel otherwise.")
     ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the pieces and the tasks.")] = 0,
     as_json: flags.Json = False,
     **given: object,
@@ -252,7 +271,10 @@ def evaluate(
         pairs=pairs,
         ctx=ctx,
         chunks=chunks,
+        tasks=tasks,
+        form=form,
         corpus=corpus,
+        html=html,
         seed=seed,
         as_json=as_json,
     )

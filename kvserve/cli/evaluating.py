@@ -12,21 +12,27 @@ import typer
 from kvserve.cli.models import NamedModel, open_model
 from kvserve.core.loss import REFERENCE_PAIR, Quality
 from kvserve.core.machine import Backend, Machine
+from kvserve.core.memory import kv_bytes
 from kvserve.core.plan import Launch
+from kvserve.errors import UsageError
 from kvserve.eval.corpus import BUNDLED, read_corpus
+from kvserve.eval.report import report
 from kvserve.eval.scope import Scope, narrowed, preset
 from kvserve.eval.session import Job, Outcome, run
 from kvserve.eval.tables import quality_text
+from kvserve.eval.tasks.suite import make_items, prompts
 from kvserve.ipc.evaluating import EvalRequest, Reading
 from kvserve.ipc.messages import Load
 from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.building import read_build
 from kvserve.supervisor.planning import Machines
 from kvserve.supervisor.process import worker_environment
-from kvserve.supervisor.profiles import Profiles, profile_key
+from kvserve.supervisor.profiles import ProfileKey, Profiles, profile_key
 
 INTERRUPTED = 130
 """The exit status that shells give to a program ended by Ctrl-C."""
+FORMS = ("auto", "completion", "chat")
+"""How tasks are put: `auto` takes the chat template of a model that has one."""
 _ALL_LAYERS = 999
 
 
@@ -39,8 +45,11 @@ class EvalOptions:
     pairs: str | None
     ctx: str | None
     chunks: int | None
+    tasks: str | None
+    form: str
     corpus: Path | None
     seed: int
+    html: Path | None
     as_json: bool
 
 
@@ -55,7 +64,10 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
         pairs=options.pairs,
         ctx=options.ctx,
         chunks=options.chunks,
+        tasks=options.tasks,
     )
+    if options.form not in FORMS:
+        raise UsageError(f"--form {options.form}: one of {', '.join(FORMS)}", param="form")
     text = read_corpus(options.corpus)
     reading = Reading(
         text=text,
@@ -66,26 +78,71 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
         seed=options.seed,
         carried=scope.carried,
     )
-    about = _about(scope, options, text)
-    print_outcome(run_job(settings, model, scope, about, reading=reading), options.as_json)
+    has_template = model.file.shape.has_chat_template
+    chat = options.form == "chat" or (options.form == "auto" and has_template)
+    items = make_items(scope.tasks, scope.n_items, scope.n_lines, options.seed)
+    target = target_of(settings, model)
+    job = Job(
+        request=EvalRequest(
+            load=target.load,
+            pairs=tuple(str(pair) for pair in scope.pairs),
+            reading=reading if scope.depths else None,
+            prompts=prompts(items, chat=chat),
+        ),
+        environment=target.environment,
+        key=target.key,
+        model_id=model.id,
+        settings=_about(scope, options, text, chat=chat),
+        items=items,
+    )
+    outcome = run(job, Profiles(), sys.stderr)
+    if options.html is not None:
+        _write_report(options.html, model, job, outcome)
+    print_outcome(outcome, options.as_json)
 
 
-def run_job(
-    settings: Settings, model: NamedModel, scope: Scope, about: dict[str, str], *, reading: Reading
-) -> Outcome:
-    """Run one evaluation on the machine as it is."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model on this machine: how the evaluating process loads it, and what holds for it."""
+
+    load: Load
+    environment: Mapping[str, str]
+    key: ProfileKey
+    backend: Backend
+
+
+def _write_report(path: Path, model: NamedModel, job: Job, outcome: Outcome) -> None:
+    """All that is known of the model, this run's figures included."""
+    known = Profiles().read(job.model_id, job.key).quality
+    quality = known.joined(outcome.quality)
+    n_ctx = max((row.depth for row in quality.losses), default=256)
+    shape = model.file.shape
+    kv = {}
+    for pair in {row.pair for row in quality.losses}:
+        launch = Launch(Backend.CPU, pair, n_ctx, 1, 512, 512, 0)
+        kv[pair] = sum(kv_bytes(layer, launch) for layer in shape.layers)
+    about = {
+        "model": f"{shape.name or job.model_id} {shape.quantization or ''}".strip(),
+        "device": job.key.device,
+        "llama-cpp-python": job.key.build.partition(" ")[0],
+        **job.settings,
+    }
+    try:
+        path.expanduser().write_text(report(quality, about, kv, n_ctx), "utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path}: {error.strerror}", param="html") from error
+
+
+def target_of(settings: Settings, model: NamedModel) -> Target:
+    """Read the machine. Raises WorkerFailed where llama.cpp cannot be loaded."""
     machine = Machines(read_build(settings.state_dir / "build.json")).read()
     backend = backend_of(settings, machine)
-    load = _load(settings, model, machine, backend)
-    pairs = tuple(str(pair) for pair in scope.pairs)
-    job = Job(
-        request=EvalRequest(load=load, pairs=pairs, reading=reading),
-        environment=_environment(backend),
-        key=profile_key(model.file.identity, machine, backend),
-        model_id=model.id,
-        settings=about,
+    return Target(
+        _load(settings, model, machine, backend),
+        _environment(backend),
+        profile_key(model.file.identity, machine, backend),
+        backend,
     )
-    return run(job, Profiles(), sys.stderr)
 
 
 def backend_of(settings: Settings, machine: Machine) -> Backend:
@@ -145,11 +202,12 @@ def _environment(backend: Backend) -> dict[str, str]:
     return worker_environment(launch)
 
 
-def _about(scope: Scope, options: EvalOptions, text: str) -> dict[str, str]:
+def _about(scope: Scope, options: EvalOptions, text: str, *, chat: bool) -> dict[str, str]:
     return {
         "corpus": options.corpus.name if options.corpus else BUNDLED,
         "corpus_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "seed": str(options.seed),
         "ctx": ",".join(map(str, scope.depths)),
         "positions": f"{scope.n_chunks} x ({scope.n_prefill} batched + {scope.n_decode} decoded)",
+        "tasks": f"{scope.n_items} items each, as {'chat' if chat else 'completion'}",
     }

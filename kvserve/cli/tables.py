@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from kvserve.core.loss import REFERENCE_PAIR
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Candidate, Plan
 from kvserve.core.shape import ModelShape
@@ -119,6 +120,8 @@ def _row(candidate: Candidate, shape: ModelShape) -> tuple[str, ...]:
 
 def _loss(candidate: Candidate) -> str:
     loss = candidate.loss
+    if candidate.launch.pair == REFERENCE_PAIR:
+        return "reference"
     if loss is None:
         return "?"
     return f"{loss.mean_kld:.4f} measured" if loss.measured else f"~{loss.mean_kld:.3f} prior"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import LADDER, CachePair
 from kvserve.core.findings import Findings
+from kvserve.core.loss import Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import Overheads, deciding, estimate, max_context, may_fit
 from kvserve.core.plan import Candidate, Launch, Request
@@ -138,8 +139,9 @@ def _first_fitting(shape: ModelShape, device: Device, launches: list[Launch]) ->
     return launches[first] if first < len(launches) and fits(launches[first]) else None
 
 
-def best_split(fitting: list[Candidate]) -> Candidate:
-    """The best quality among the split plans that are about as fast as the fastest."""
+def best_split(fitting: list[Candidate], quality: Quality) -> Candidate:
+    """The best quality among the split plans that are about as fast as the fastest: the least
+    measured loss where all of them were measured, the ladder's order otherwise."""
 
     def speed(candidate: Candidate) -> float:
         # Without a known bandwidth, more of the model on the GPU stands for faster.
@@ -147,6 +149,12 @@ def best_split(fitting: list[Candidate]) -> Candidate:
 
     fastest = max(speed(c) for c in fitting)
     near = [c for c in fitting if speed(c) >= SPEED_TOLERANCE * fastest]
-    best = max((c.launch.pair.k.precision, c.launch.pair.v.precision) for c in near)
-    equals = [c for c in near if (c.launch.pair.k.precision, c.launch.pair.v.precision) == best]
-    return max(equals, key=speed)
+    losses = {c: quality.excess(c.launch.pair, c.launch.n_ctx) for c in near}
+    measured = None not in losses.values()
+
+    def rank(candidate: Candidate) -> tuple[float, int, int]:
+        pair, loss = candidate.launch.pair, losses[candidate]
+        return -(loss or 0.0) if measured else 0.0, pair.k.precision, pair.v.precision
+
+    best = max(rank(c) for c in near)
+    return max((c for c in near if rank(c) == best), key=speed)

@@ -77,7 +77,7 @@ def select(
             split = list(splits(shape, machine, device, request, allowed, n_ctx))
         if not any(c.fits for c in split):
             raise _does_not_fit(shape, whole, split, allowed, n_ctx, device)
-        chosen = best_split([c for c in split if c.fits])
+        chosen = best_split([c for c in split if c.fits], quality)
     judged = [_measured(_judge(c, chosen, refused, split=False), quality) for c in whole]
     judged += [_judge(c, chosen, refused, split=True) for c in split]
     judged = [

@@ -39,10 +39,11 @@ class Partial:
         self._fingerprint = fingerprint
         self._answers: list[Result | Finished] = self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
-        self._write(msgspec.json.encode(_Head(fingerprint)))
-        for answer in self._answers:
-            self._write(msgspec.json.encode(answer))
+        lines = [msgspec.json.encode(each) for each in (_Head(fingerprint), *self._answers)]
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(b"".join(line + b"\n" for line in lines))
+        fresh.replace(path)
+        self._file = path.open("ab")
 
     def __enter__(self) -> Self:
         return self
@@ -71,16 +72,13 @@ class Partial:
         if isinstance(answer, Opened):
             return
         self._answers.append(answer)
-        self._write(msgspec.json.encode(answer))
+        self._file.write(msgspec.json.encode(answer) + b"\n")
+        self._file.flush()
 
     def discard(self) -> None:
         """The evaluation is complete and stored elsewhere: drop the file."""
         self._file.close()
         self._path.unlink(missing_ok=True)
-
-    def _write(self, line: bytes) -> None:
-        self._file.write(line + b"\n")
-        self._file.flush()
 
     def _read(self) -> list[Result | Finished]:
         answers: list[Result | Finished] = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from kvserve.core.dtypes import LADDER, CachePair, KvType, parse_pair
 from kvserve.core.loss import REFERENCE_PAIR
 from kvserve.errors import UsageError
+from kvserve.eval.tasks.suite import chosen
 from kvserve.settings.values import read_tokens
 
 FEWEST_PREFIX = 16
@@ -14,7 +15,8 @@ FEWEST_PREFIX = 16
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What is measured. `depths` are contexts in tokens; of each of `n_chunks` pieces of text
-    `n_prefill` and `n_decode` tokens are scored; `n_items` are those of each task."""
+    `n_prefill` and `n_decode` tokens are scored; `n_items` are those of each task, whose documents
+    have up to `n_lines` lines."""
 
     pairs: tuple[CachePair, ...]
     depths: tuple[int, ...]
@@ -22,6 +24,7 @@ class Scope:
     n_prefill: int
     n_decode: int
     n_items: int
+    n_lines: int
     carried: bool = True
     tasks: tuple[str, ...] = ()
 
@@ -32,9 +35,28 @@ _QUICK_PAIRS = (
     CachePair(KvType.Q8_0, KvType.Q4_0),
     CachePair(KvType.Q4_0, KvType.Q4_0),
 )
-QUICK = Scope(_QUICK_PAIRS, (1024,), n_chunks=2, n_prefill=192, n_decode=24, n_items=8)
-NORMAL = Scope(LADDER, (4096,), n_chunks=4, n_prefill=256, n_decode=64, n_items=20)
-FULL = Scope(LADDER, (8192, 32768), n_chunks=8, n_prefill=512, n_decode=128, n_items=50)
+_ALL_TASKS = chosen("all")
+QUICK = Scope(_QUICK_PAIRS, (1024,), n_chunks=2, n_prefill=192, n_decode=24, n_items=8, n_lines=24)
+NORMAL = Scope(
+    LADDER,
+    (4096,),
+    n_chunks=4,
+    n_prefill=256,
+    n_decode=64,
+    n_items=20,
+    n_lines=120,
+    tasks=_ALL_TASKS,
+)
+FULL = Scope(
+    LADDER,
+    (8192, 32768),
+    n_chunks=8,
+    n_prefill=512,
+    n_decode=128,
+    n_items=50,
+    n_lines=400,
+    tasks=_ALL_TASKS,
+)
 
 
 def preset(*, quick: bool, full: bool) -> Scope:
@@ -51,15 +73,19 @@ def narrowed(
     pairs: str | None = None,
     ctx: str | None = None,
     chunks: int | None = None,
+    tasks: str | None = None,
 ) -> Scope:
     """The scope with what the user asked for, or what the model allows.
 
     `pairs` is `all`, or pairs by commas as `q8_0:q4_0` or `q8_0-q4_0`; the reference is always
-    among them. `ctx` is depths by commas. Raises UsageError, naming the flag.
+    among them. `ctx` is depths by commas, or `none` for tasks alone. Raises UsageError, naming the
+    flag.
     """
     if pairs is not None:
         scope = replace(scope, pairs=_pairs(pairs))
-    if ctx is not None:
+    if ctx == "none":
+        scope = replace(scope, depths=())
+    elif ctx is not None:
         scope = replace(scope, depths=depths(ctx, "ctx"))
         for depth in scope.depths:
             if depth > n_ctx_train:
@@ -69,12 +95,14 @@ def narrowed(
     else:
         within = tuple(depth for depth in scope.depths if depth <= n_ctx_train)
         scope = replace(scope, depths=within or (n_ctx_train,))
+    if tasks is not None:
+        scope = replace(scope, tasks=chosen(tasks))
     if chunks is not None:
         if chunks < 1:
             raise UsageError(f"--chunks {chunks}: at least 1", param="chunks")
         scope = replace(scope, n_chunks=chunks)
     least = scope.n_prefill + scope.n_decode + FEWEST_PREFIX
-    if min(scope.depths) < least:
+    if scope.depths and min(scope.depths) < least:
         raise UsageError(
             f"--ctx {min(scope.depths)}: at least {least} tokens are needed to score "
             f"{scope.n_prefill + scope.n_decode} of them",

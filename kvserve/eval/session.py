@@ -2,31 +2,44 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
-from kvserve.core.dtypes import parse_pair
+from kvserve.core.dtypes import CachePair, parse_pair
 from kvserve.core.loss import Quality, Speed
 from kvserve.eval.partial import Partial, Result, fingerprint
 from kvserve.eval.process import EVALUATE_ARGV, measure
 from kvserve.eval.progress import Progress
 from kvserve.eval.statistics import text_losses
-from kvserve.ipc.evaluating import EvalAnswer, EvalRequest, Finished, Opened, Scored, Skipped, Timed
+from kvserve.eval.tasks.suite import Items
+from kvserve.eval.tasks.suite import results as task_results
+from kvserve.ipc.evaluating import (
+    Answered,
+    EvalAnswer,
+    EvalRequest,
+    Finished,
+    Opened,
+    Scored,
+    Skipped,
+    Timed,
+)
 from kvserve.supervisor.profiles import Profile, ProfileKey, Profiles
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is measured, and for whom. `settings` go into the profile, for people."""
+    """What is measured, and for whom. `settings` go into the profile, for people; `items` are what
+    the request's prompts were made of."""
 
     request: EvalRequest
     environment: Mapping[str, str]
     key: ProfileKey
     model_id: str
     settings: dict[str, str]
+    items: Items = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +72,8 @@ def run(
         try:
             _measure(job, partial, out, argv)
         except KeyboardInterrupt:
-            return _outcome(partial, None, n_resumed)
-        quality = quality_of(partial.results)
+            return _outcome(job, partial, None, n_resumed)
+        quality = quality_of(partial.results, job.items)
         known = profiles.read(job.model_id, job.key)
         profile = Profile(
             key=job.key,
@@ -70,7 +83,7 @@ def run(
             quality=known.quality.joined(quality),
         )
         written = profiles.write(profile)
-        outcome = _outcome(partial, written, n_resumed)
+        outcome = _outcome(job, partial, written, n_resumed)
         partial.discard()
         return outcome
 
@@ -96,18 +109,24 @@ def _measure(job: Job, partial: Partial, out: TextIO, argv: tuple[str, ...]) -> 
             progress.close()
 
 
-def _outcome(partial: Partial, path: Path | None, n_resumed: int) -> Outcome:
+def _outcome(job: Job, partial: Partial, path: Path | None, n_resumed: int) -> Outcome:
     results = partial.results
     skipped = tuple(answer for answer in results if isinstance(answer, Skipped))
-    return Outcome(quality_of(results), skipped, path, n_resumed)
+    return Outcome(quality_of(results, job.items), skipped, path, n_resumed)
 
 
-def quality_of(results: list[Result]) -> Quality:
-    """All answers as rows."""
+def quality_of(results: list[Result], items: Items) -> Quality:
+    """All answers as rows; `items` are what the task prompts were made of."""
     scored = [answer for answer in results if isinstance(answer, Scored)]
     timed = [answer for answer in results if isinstance(answer, Timed)]
+    texts: dict[tuple[str, CachePair], dict[int, str]] = {}
+    for answer in results:
+        if isinstance(answer, Answered):
+            found = texts.setdefault((answer.task, parse_pair(answer.pair)), {})
+            found[answer.index] = answer.text
     return Quality(
         losses=tuple(text_losses(scored)),
+        tasks=tuple(task_results(items, texts)),
         speeds=tuple(
             Speed(parse_pair(t.pair), t.depth, t.prefill_tps, t.decode_tps) for t in timed
         ),

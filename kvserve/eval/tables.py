@@ -113,9 +113,14 @@ def _tasks(tasks: Sequence[TaskResult]) -> str:
     return aligned(TASK_COLUMNS, [task_cells(row) for row in tasks], n_left=2)
 
 
+def ordered_speeds(speeds: Sequence[Speed]) -> list[Speed]:
+    """By depth; in each the best pair of the ladder first."""
+    return sorted(speeds, key=lambda s: (s.depth, -s.pair.k.precision, -s.pair.v.precision))
+
+
 def _speeds(speeds: Sequence[Speed]) -> str:
-    rows = sorted(speeds, key=lambda s: (s.depth, -s.pair.k.precision, -s.pair.v.precision))
-    return aligned(SPEED_COLUMNS, [speed_cells(row, speeds) for row in rows], n_left=1)
+    rows = [speed_cells(row, speeds) for row in ordered_speeds(speeds)]
+    return aligned(SPEED_COLUMNS, rows, n_left=1)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_left: int) -> str:

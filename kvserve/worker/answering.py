@@ -8,23 +8,33 @@ from collections.abc import Callable
 import numpy as np
 
 from kvserve.ipc.evaluating import Answered, EvalAnswer, Finished, Prompted, Skipped
+from kvserve.ipc.messages import ChatMessage, ChatPrompt
+from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.contexts import Tokens, Weights, read_tokens, score_single
 
 Emit = Callable[[EvalAnswer], None]
 
 
 class Answering:
-    """All prompts with all pairs; a unit is one task with one pair."""
+    """All prompts with all pairs; a unit is one task with one pair.
+
+    Raises ValueError where a prompt is longer than the model's context, InvalidRequest where its
+    chat template refuses it.
+    """
 
     def __init__(
         self, weights: Weights, prompts: tuple[Prompted, ...], pairs: tuple[str, ...]
     ) -> None:
         self._weights = weights
         self._pairs = pairs
-        vocab = weights.vocab
-        self._prompts = [
-            (p, vocab.tokenize(p.prompt, add_special=True, parse_special=False)) for p in prompts
-        ]
+        with weights.renderer() as renderer:
+            self._prompts = [(prompt, _tokens(prompt, weights, renderer)) for prompt in prompts]
+        self._n_ctx = max(len(tokens) + prompt.max_tokens for prompt, tokens in self._prompts)
+        if self._n_ctx > weights.n_ctx_train:
+            raise ValueError(
+                f"a task needs {self._n_ctx} tokens and the model was trained for "
+                f"{weights.n_ctx_train}: use --quick, or other --tasks"
+            )
 
     @property
     def costs(self) -> dict[str, int]:
@@ -38,14 +48,13 @@ class Answering:
 
     def run(self, done: frozenset[str], emit: Emit) -> None:
         """Answer what is not done. A pair that the context refuses is skipped with the reason."""
-        n_ctx = max(len(tokens) + prompt.max_tokens for prompt, tokens in self._prompts)
         tasks = list(dict.fromkeys(prompt.task for prompt, _ in self._prompts))
         for pair in self._pairs:
             left = [task for task in tasks if _unit(task, pair) not in done]
             if not left:
                 continue
             try:
-                with self._weights.context(pair, n_ctx) as context:
+                with self._weights.context(pair, self._n_ctx) as context:
                     for task in left:
                         self._answer(context, task, pair, emit)
                         emit(Finished(_unit(task, pair)))
@@ -69,13 +78,22 @@ class Answering:
             if self._weights.vocab.ends(token):
                 break
             data += self._weights.vocab.piece(token)
-            if stop and stop in data:
+            if stop and stop in data.lstrip():
                 break
             one = np.array([token], dtype=np.int32)
             [row] = score_single(context, one, position)
             token = int(row.argmax())
         text = data.decode("utf-8", "replace")
-        return text.partition(prompt.stop)[0] if prompt.stop else text
+        return text.lstrip().partition(prompt.stop)[0] if prompt.stop else text
+
+
+def _tokens(prompt: Prompted, weights: Weights, renderer: ChatRenderer) -> Tokens:
+    vocab = weights.vocab
+    if not prompt.chat:
+        return vocab.tokenize(prompt.prompt, add_special=True, parse_special=False)
+    text = renderer.render(ChatPrompt((ChatMessage("user", prompt.prompt),)))
+    add_special = not (vocab.bos_text and text.startswith(vocab.bos_text))
+    return vocab.tokenize(text, add_special=add_special, parse_special=True)
 
 
 def _unit(task: str, pair: str) -> str:

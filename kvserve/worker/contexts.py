@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import parse_pair
-from kvserve.ipc.evaluating import REFERENCE
 from kvserve.ipc.messages import Load
+from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.templates import choose
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -37,6 +38,17 @@ class Weights:
         return self._load.n_threads
 
     @contextmanager
+    def renderer(self) -> Iterator[ChatRenderer]:
+        """The model's chat template, in its process."""
+        context, vocab = self._context, self.vocab
+        template = choose(context.architecture, context.chat_template, vocab.has)
+        renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
+        try:
+            yield renderer
+        finally:
+            renderer.close()
+
+    @contextmanager
     def context(self, pair: str, n_ctx: int, *, control: bool = False) -> Iterator[Context]:
         """A context of `pair` for `n_ctx` tokens; the control computes in smaller micro-batches.
 
@@ -57,11 +69,6 @@ class Weights:
             yield opened
         finally:
             opened.close()
-
-
-def is_control(pair: str) -> bool:
-    """Whether a candidate has the reference's own types."""
-    return pair == REFERENCE
 
 
 def read_tokens(context: Context, tokens: Tokens, start: int) -> None:

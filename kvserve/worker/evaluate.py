@@ -32,7 +32,10 @@ def main() -> int:
     try:
         evaluate(request, _write)
     except Exception as error:  # one line for the parent, whatever it was
-        return _fail(getattr(error, "message", None) or f"{type(error).__name__}: {error}")
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        if getattr(error, "out_of_memory", False):
+            message += ": a smaller --ctx, or fewer --gpu-layers, need less memory"
+        return _fail(message)
     return 0
 
 

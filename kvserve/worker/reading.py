@@ -19,7 +19,6 @@ from kvserve.worker.carry.transcode import transcode
 from kvserve.worker.contexts import (
     Tokens,
     Weights,
-    is_control,
     read_tokens,
     score_batched,
     score_single,
@@ -104,10 +103,9 @@ class TextScores:
     ) -> None:
         with self._refer(context, piece) as reference:
             for unit, pair in units.items():
-                control = is_control(pair)
                 try:
-                    with self._weights.context(pair, depth, control=control) as candidate:
-                        for mode, tally in self._modes(candidate, piece, reference, pair):
+                    with self._weights.context(pair, depth, control=pair == REFERENCE) as candidate:
+                        for mode, tally in self._modes(candidate, piece, reference):
                             emit(_scored(unit, pair, mode, depth, tally))
                         if self._reading.carried and self._reading.n_decode:
                             self._carry(candidate, piece, reference, unit, pair, depth, emit)
@@ -136,9 +134,8 @@ class TextScores:
         return None
 
     def _modes(
-        self, candidate: Context, piece: Piece, reference: _Reference, pair: str
+        self, candidate: Context, piece: Piece, reference: _Reference
     ) -> Iterator[tuple[str, Tally]]:
-        del pair
         read_tokens(candidate, piece.prefix, 0)
         n = len(piece.batched)
         rows = score_batched(candidate, piece.batched, len(piece.prefix))

@@ -11,7 +11,7 @@ from kvserve.core.loss import NOTHING_MEASURED, Quality, Speed, TaskResult, Text
 from kvserve.core.plan import Candidate, Plan, Request, Task
 from kvserve.core.selector import select
 from kvserve.errors import DoesNotFit, UsageError
-from tests.core.shapes import llama3_8b, machine, plain
+from tests.core.shapes import llama3_8b, machine, plain, qwen25_32b
 
 CTX = 8192
 NOISE = 0.004
@@ -104,6 +104,19 @@ def test_weights_leave_the_gpu_before_a_measured_floor_is_broken() -> None:
     assert kept.chosen.launch.n_gpu_layers < 33
     with pytest.raises(DoesNotFit):
         select(shape, machine(None, host_gib=6), replace(asked, n_ctx=65536), quality=quality())
+
+
+def test_of_splits_about_as_fast_the_one_that_lost_least_is_taken() -> None:
+    shape, box, asked = qwen25_32b(), machine(7.6), Request(n_ctx=8192)
+    unmeasured = select(replace(shape, architecture="llama"), box, asked)
+    worst = {str(pair).replace(":", "__"): 0.5 for pair in LADDER[1:]}
+    worst["q5_1__q4_0"] = 0.0
+    better = select(replace(shape, architecture="llama"), box, asked, quality=quality(**worst))
+    assert 0 < better.chosen.launch.n_gpu_layers < shape.n_layer + 1
+    assert unmeasured.chosen.launch.pair != better.chosen.launch.pair
+    loss = better.chosen.loss
+    assert loss is not None
+    assert loss.mean_kld == 0.0
 
 
 # Tasks.

@@ -9,11 +9,13 @@ import pytest
 
 from kvserve.eval.corpus import read_corpus
 from kvserve.ipc.evaluating import (
+    Answered,
     EvalAnswer,
     EvalRequest,
     Finished,
     Opened,
     Pacing,
+    Prompted,
     Reading,
     Scored,
     Timed,
@@ -89,6 +91,30 @@ def test_a_text_that_is_too_short_is_one_line(model: Path) -> None:
     done = run(model, reading=msgspec.structs.replace(READING, text="too short"))
     assert done.returncode == 1
     assert b"give a longer --corpus" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_are_completed_greedily_with_each_pair(model: Path, chat: bool) -> None:
+    asked = (
+        Prompted("t", 0, "hello world ", "", 6, chat),
+        Prompted("t", 1, "the answer ", "", 6, chat),
+    )
+    answers = ask(model, prompts=asked)
+    found = [answer for answer in answers if isinstance(answer, Answered)]
+    assert [(a.pair, a.index) for a in found] == [(p, i) for p in PAIRS for i in (0, 1)]
+    assert all(a.text for a in found)
+    # A stop ends the text, which is otherwise the same.
+    whole = found[0].text.lstrip()
+    stop = whole[-2:]
+    cut = ask(model, prompts=(msgspec.structs.replace(asked[0], stop=stop),))
+    first = next(answer for answer in cut if isinstance(answer, Answered))
+    assert first.text == whole[: whole.index(stop)]
+
+
+def test_a_prompt_longer_than_the_model_is_one_line(model: Path) -> None:
+    done = run(model, prompts=(Prompted("t", 0, "hello " * 40_000, "", 6),))
+    assert done.returncode == 1
+    assert b"a task needs" in done.stderr.splitlines()[-1]
 
 
 def test_speed_is_told_at_each_depth(model: Path) -> None:

@@ -1,0 +1,1 @@
+"""Tasks that are made from a seed and scored exactly."""
