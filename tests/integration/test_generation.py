@@ -173,6 +173,36 @@ def test_limits(complete) -> None:
 
 
 @pytest.mark.parametrize(
+    "sampling",
+    [
+        {"typical_p": 0.5},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.1},
+        {"dry_multiplier": 0.8, "dry_sequence_breakers": ["\n"]},
+        {"mirostat": 1},
+        {"mirostat": 2, "mirostat_tau": 3.0},
+        {"min_p": 0.1, "top_k": 0, "repeat_penalty": 1.1, "repeat_last_n": -1},
+    ],
+    ids=str,
+)
+def test_ways_to_sample(complete, sampling) -> None:
+    body = {"ignore_eos": True, **sampling}
+    answer = complete(temperature=0.8, seed=3, max_tokens=8, extra_body=body)
+    assert answer.usage.completion_tokens == 8
+    assert answer.choices[0].text
+
+
+def test_dry_ends_a_loop(complete) -> None:
+    prompt = "red green blue\n" * 12
+    looping = complete(prompt=prompt, max_tokens=24).choices[0].text
+    assert "red green blue\nred green blue" in looping
+    body = {"dry_multiplier": 5.0, "dry_sequence_breakers": []}
+    assert (
+        "red green blue\nred"
+        not in complete(prompt=prompt, max_tokens=24, extra_body=body).choices[0].text
+    )
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
