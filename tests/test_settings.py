@@ -335,6 +335,7 @@ def test_the_request_of_everything(load):
         "task": "code",
         "gpu_layers": 20,
         "batch": 256,
+        "ubatch": 300,
         "reserve": "1GiB",
     }
     assert load(flags).to_request(machine()) == Request(

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from kvserve.cli.models import NamedModel, open_model
+from kvserve.core.candidates import MICRO_BATCHES
 from kvserve.core.loss import REFERENCE_PAIR, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import kv_bytes
@@ -188,7 +189,9 @@ def _load(settings: Settings, model: NamedModel, machine: Machine, backend: Back
         n_ctx=0,
         n_seq_max=1,
         n_batch=settings.batch,
-        n_ubatch=min(settings.ubatch, settings.batch),
+        n_ubatch=min(
+            MICRO_BATCHES[0] if settings.ubatch == "auto" else settings.ubatch, settings.batch
+        ),
         n_gpu_layers=layers if backend is Backend.CUDA else 0,
         n_cpu_moe=0,
         flash_attn=True,

@@ -32,6 +32,17 @@ class Device:
     findings: Findings
 
 
+MICRO_BATCHES = (512, 256, 128)
+"""Where the user leaves the micro-batch open, the first with which a pair fits: half as many tokens
+at once take half the activations, and prefill somewhat slower."""
+
+
+def micro_batches(request: Request) -> tuple[int, ...]:
+    """The micro-batches that may be tried, the preferred one first."""
+    open_ones = MICRO_BATCHES if request.n_ubatch is None else (request.n_ubatch,)
+    return tuple(dict.fromkeys(min(n, request.n_batch) for n in open_ones))
+
+
 def launch_on(
     shape: ModelShape, request: Request, device: Device, pair: CachePair, n_ctx: int
 ) -> Launch:
@@ -44,7 +55,7 @@ def launch_on(
         n_ctx=pad_context(n_ctx),
         n_parallel=request.n_parallel,
         n_batch=request.n_batch,
-        n_ubatch=min(request.n_ubatch, request.n_batch),
+        n_ubatch=micro_batches(request)[0],
         n_gpu_layers=asked if device.backend is Backend.CUDA else 0,
         tensor_split=device.tensor_split,
     )

@@ -33,8 +33,8 @@ class Request:
     `max_kld` (nats) and `min_top1` (a share) are floors by measured numbers.
 
     `n_ctx` is the longest single request in tokens, None the longest that fits. `pair` fixes the
-    KV types, `floor` is the worst pair allowed, `reserve_bytes` stays free for the rest of the
-    machine (None: 3 % or 256 MiB, whichever is more).
+    KV types, `n_ubatch` the micro-batch, `floor` is the worst pair allowed, `reserve_bytes` stays
+    free for the rest of the machine (None: 3 % or 256 MiB, whichever is more).
     """
 
     n_ctx: int | None
@@ -45,7 +45,7 @@ class Request:
     task: Task | None = None
     n_gpu_layers: int | None = None
     n_batch: int = 512
-    n_ubatch: int = 512
+    n_ubatch: int | None = None
     reserve_bytes: int | None = None
     max_kld: float | None = None
     min_top1: float | None = None

@@ -8,11 +8,18 @@ numbers. Values in, values out.
 
 from dataclasses import replace
 
-from kvserve.core.candidates import Device, best_split, launch_on, price, splits
+from kvserve.core.candidates import (
+    Device,
+    best_split,
+    launch_on,
+    micro_batches,
+    price,
+    splits,
+)
 from kvserve.core.dtypes import LADDER, CachePair
 from kvserve.core.equals import best_of
 from kvserve.core.findings import NOTHING_FOUND, Findings
-from kvserve.core.floors import why_below
+from kvserve.core.floors import floor_of, why_below
 from kvserve.core.loss import NOTHING_MEASURED, ExpectedLoss, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
@@ -55,6 +62,7 @@ def select(
             f"{request.n_ctx}: use --ctx {shape.n_ctx_train} or less",
             param="n_ctx",
         )
+    _check_floor(request)
     pairs = _pairs(shape, request)
     refused = _refusals(pairs, shape, machine, request, device, quality)
     allowed = [pair for pair in pairs if pair not in refused]
@@ -63,10 +71,7 @@ def select(
         raise UsageError(f"no cache type is left to choose from: {pair}: {reason}", param="pair")
     n_ctx = request.n_ctx or _longest(shape, request, device, allowed)
 
-    whole = [
-        price(shape, machine, device, launch_on(shape, request, device, pair, n_ctx))
-        for pair in pairs
-    ]
+    whole = [_whole(shape, machine, device, request, pair, n_ctx) for pair in pairs]
     fitting = [c for c in whole if c.fits and c.launch.pair in allowed]
     split: list[Candidate] = []
     if fitting:
@@ -76,7 +81,7 @@ def select(
         if may_split:
             split = list(splits(shape, machine, device, request, allowed, n_ctx))
         if not any(c.fits for c in split):
-            raise _does_not_fit(shape, whole, split, allowed, n_ctx, device)
+            raise _does_not_fit(shape, request, whole, split, allowed, n_ctx, device)
         chosen = best_split([c for c in split if c.fits], quality)
     judged = [_measured(_judge(c, chosen, refused, split=False), quality) for c in whole]
     judged += [_judge(c, chosen, refused, split=True) for c in split]
@@ -93,9 +98,47 @@ def select(
     )
 
 
+def _whole(
+    shape: ModelShape,
+    machine: Machine,
+    device: Device,
+    request: Request,
+    pair: CachePair,
+    n_ctx: int,
+) -> Candidate:
+    """A pair with the largest micro-batch with which it fits; with the preferred one where it fits
+    with none."""
+    launch = launch_on(shape, request, device, pair, n_ctx)
+    preferred = price(shape, machine, device, launch)
+    if preferred.fits:
+        return preferred
+    for n in micro_batches(request)[1:]:
+        smaller = price(shape, machine, device, replace(launch, n_ubatch=n))
+        if smaller.fits:
+            reason = f"chosen: the best quality that fits, in micro-batches of {n} tokens"
+            return replace(smaller, reason=reason)
+    return preferred
+
+
 def default_reserve(free_bytes: int) -> int:
     """What stays free for the rest of the machine: 3 % of what is free, at least 256 MiB."""
     return max(MIN_RESERVE_BYTES, int(free_bytes * RESERVE_SHARE))
+
+
+def _check_floor(request: Request) -> None:
+    """A type that the user fixed stands above no floor, but not against one set beside it."""
+    floor = floor_of(request)
+    if request.pair is None or floor is None:
+        return
+    lowest, who = floor
+    if request.pair.k.precision < lowest.k.precision or (
+        request.pair.v.precision < lowest.v.precision
+    ):
+        raise UsageError(
+            f"--cache-type {request.pair} is below the floor {lowest} of {who}: leave one of the "
+            "two out",
+            param="pair",
+        )
 
 
 def _device(
@@ -220,6 +263,7 @@ def _expected(
 
 def _does_not_fit(
     shape: ModelShape,
+    request: Request,
     whole: list[Candidate],
     split: list[Candidate],
     allowed: list[CachePair],
@@ -243,7 +287,10 @@ def _does_not_fit(
             f", and with fewer layers there the host would need {format_bytes(host_bytes)} of "
             f"{format_bytes(device.host_free_bytes)}"
         )
-    nearest = f"; nearest: {options[0]}" if options else "; no context fits: use a smaller model"
+    remedy = "use a smaller model"
+    if request.n_gpu_layers is not None and device.backend is Backend.CUDA:
+        remedy = f"use fewer --gpu-layers than {request.n_gpu_layers}, or auto"
+    nearest = f"; nearest: {options[0]}" if options else f"; no context fits: {remedy}"
     name = shape.name or shape.architecture
     return DoesNotFit(
         f"{name} with {n_ctx} tokens does not fit: {smallest.launch.pair} needs "

@@ -90,10 +90,10 @@ class Settings(BaseModel):
     batch: Annotated[int, BeforeValidator(values.whole(1, 65536))] = Field(
         512, description="Most tokens handed to llama.cpp in one step."
     )
-    ubatch: Annotated[int, BeforeValidator(values.whole(1, 65536))] = Field(
-        512,
+    ubatch: values.MicroBatch = Field(
+        "auto",
         description="Most tokens computed at once; more is faster prefill and more memory. "
-        "Never above `batch`.",
+        "Never above `batch`. `auto` is 512, or 256 or 128 where a better KV type fits with that.",
     )
     reserve: values.Reserve = Field(
         "auto",
@@ -235,7 +235,7 @@ class Settings(BaseModel):
             task=self.task,
             n_gpu_layers=None if self.gpu_layers == "auto" else self.gpu_layers,
             n_batch=self.batch,
-            n_ubatch=min(self.ubatch, self.batch),
+            n_ubatch=None if self.ubatch == "auto" else min(self.ubatch, self.batch),
             reserve_bytes=reserve_bytes,
             max_kld=self.max_kld,
             min_top1=self.min_top1,

@@ -15,7 +15,7 @@ from tests.core.shapes import hybrid_4b, llama3_8b, machine, qwen25_32b
 
 
 def plan(findings: Findings = NOTHING_FOUND, **request: object) -> Plan:
-    asked = Request(n_ctx=32768, **request)  # type: ignore[arg-type]
+    asked = Request(**({"n_ctx": 32768, "n_ubatch": 512} | request))  # type: ignore[arg-type]
     return select(llama3_8b(), machine(7.6), asked, findings=findings)
 
 
@@ -69,7 +69,7 @@ def test_the_chosen_launch_is_doubtful_until_it_is_known() -> None:
 
 
 def test_a_better_pair_that_lost_by_next_to_nothing_is_doubtful_too() -> None:
-    box, request = machine(7.6), Request(n_ctx=32768, reserve_bytes=0)
+    box, request = machine(7.6), Request(n_ctx=32768, n_ubatch=512, reserve_bytes=0)
     better = next(
         c
         for c in select(llama3_8b(), box, request).candidates

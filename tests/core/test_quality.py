@@ -32,7 +32,7 @@ def quality(speeds: dict[str, float] | None = None, **klds: float) -> Quality:
 
 def plan(found: Quality, gib: float | None = 70.0, **request: object) -> Plan:
     box = machine(gib, total_gib=80)
-    asked = Request(n_ctx=CTX, **request)  # type: ignore[arg-type]
+    asked = Request(n_ctx=CTX, n_ubatch=512, **request)  # type: ignore[arg-type]
     return select(llama3_8b(), box, asked, quality=found)
 
 
@@ -151,7 +151,7 @@ def test_a_task_that_was_measured_to_suffer_bars_the_pair() -> None:
 
 def qwen2(found: Quality, **request: object) -> Plan:
     shape = replace(plain(), architecture="qwen2")
-    asked = Request(n_ctx=CTX, **request)  # type: ignore[arg-type]
+    asked = Request(n_ctx=CTX, n_ubatch=512, **request)  # type: ignore[arg-type]
     return select(shape, machine(70.0, total_gib=80), asked, quality=found)
 
 

@@ -59,7 +59,9 @@ def test_a_32b_model_is_split_and_its_layers_counted() -> None:
     assert 15 <= launch.n_gpu_layers <= 24
     assert plan.chosen.fits
     one_more = replace(launch, n_gpu_layers=launch.n_gpu_layers + 1)
-    request = Request(n_ctx=8192, pair=launch.pair, n_gpu_layers=one_more.n_gpu_layers)
+    request = Request(
+        n_ctx=8192, pair=launch.pair, n_gpu_layers=one_more.n_gpu_layers, n_ubatch=512
+    )
     with pytest.raises(DoesNotFit):
         select(qwen25_32b(), machine(7.6), request)
 
@@ -107,7 +109,7 @@ def test_a_floor_that_nothing_reaches_is_refused_with_what_fits() -> None:
 def test_pairs_without_a_kernel_are_passed_over_unless_forced() -> None:
     box = machine(6.4)
     box = replace(box, build=replace(box.build, kv_pairs=None))
-    plan = select(llama3_8b(), box, Request(n_ctx=20000))
+    plan = select(llama3_8b(), box, Request(n_ctx=20000, n_ubatch=512))
     assert pair_of(plan) == "q4_0:q4_0"
     assert "no compiled kernel" in candidate(plan, "q8_0:q5_1").reason
     forced = select(llama3_8b(), box, Request(n_ctx=20000, pair=parse_pair("q8_0:q5_1")))
@@ -257,3 +259,41 @@ def test_more_memory_never_gives_a_worse_plan(free: float, more: float, n_ctx: i
     if small.launch.n_gpu_layers == 33:
         assert large.launch.n_gpu_layers == 33
         assert LADDER.index(large.launch.pair) <= LADDER.index(small.launch.pair)
+
+
+# Micro-batches.
+
+
+def test_a_better_pair_in_smaller_micro_batches_is_taken() -> None:
+    shape, usual = llama3_8b(), Request(n_ctx=32768, n_ubatch=512)
+    q8 = candidate(select(shape, machine(9.0), usual), "q8_0:q8_0")
+    free = q8.memory.total_bytes / GIB + 0.25 - 0.01
+    assert pair_of(select(shape, machine(free), usual)) != "q8_0:q8_0"
+    plan = select(shape, machine(free), Request(n_ctx=32768))
+    assert pair_of(plan) == "q8_0:q8_0"
+    assert plan.chosen.launch.n_ubatch in (128, 256)
+    assert f"micro-batches of {plan.chosen.launch.n_ubatch}" in plan.chosen.reason
+    assert plan.chosen.fits
+
+
+def test_micro_batches_stay_as_they_are_where_that_helps_no_better_pair() -> None:
+    plan = select(llama3_8b(), machine(7.6), Request(n_ctx=32768))
+    assert {c.launch.n_ubatch for c in plan.candidates} == {512}
+    small = select(llama3_8b(), machine(7.6), Request(n_ctx=32768, n_batch=64))
+    assert small.chosen.launch.n_ubatch == 64
+
+
+# What the user says twice.
+
+
+@pytest.mark.parametrize("other", [{"task": Task.MATH}, {"floor": parse_pair("q8_0")}])
+def test_a_fixed_type_below_a_floor_is_a_contradiction(other: dict[str, object]) -> None:
+    request = Request(n_ctx=8192, pair=parse_pair("q8_0:q4_0"), **other)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="leave one of the two out"):
+        select(llama3_8b(), machine(7.6), request)
+
+
+def test_layers_that_do_not_fit_are_answered_with_fewer_layers() -> None:
+    request = Request(n_ctx=8192, n_gpu_layers=33, pair=parse_pair("f16"))
+    with pytest.raises(DoesNotFit, match="fewer --gpu-layers than 33, or auto"):
+        select(llama3_8b(), machine(3.0), request)
