@@ -22,6 +22,8 @@ from kvserve.settings import Settings, environment_warnings, load_settings
 from kvserve.supervisor.preparing import Prepared, prepare
 from kvserve.supervisor.status import Status
 
+DEFAULT_PORT = Settings.model_fields["port"].default
+
 
 class Teller(Protocol):
     """Where the start's story goes: a terminal, or the process that waits for a detached one."""
@@ -182,7 +184,9 @@ def _start_detached(settings: Settings) -> None:
     terminal = TerminalTeller(sys.stdout)
     with os.fdopen(read_end) as story:
         if _retell(story, terminal.say):
-            print(f"detached pid {child.pid}; `kvserve status`, `kvserve logs`, `kvserve stop`")
+            port = f" --port {settings.port}" if settings.port != DEFAULT_PORT else ""
+            commands = ", ".join(f"`kvserve {name}{port}`" for name in ("status", "logs", "stop"))
+            print(f"detached pid {child.pid}; {commands}")
             return
     code = child.wait()
     raise WorkerFailed(f"the detached daemon ended with status {code}: see {output}")

@@ -36,6 +36,10 @@ DEFAULT_OVERHEADS = Overheads(gpu_bytes=450 * MIB, host_bytes=250 * MIB)
 """A prior for cards nobody has measured yet; the first load on a machine replaces it."""
 
 
+CPU_OVERHEADS = Overheads(gpu_bytes=0, host_bytes=128 * MIB)
+"""A worker without a GPU: Python, its libraries and what they allocate. Gemma 3 270M: 80 MiB."""
+
+
 def prior_overheads(
     compute_capability: tuple[int, int] | None, shape: ModelShape | None = None
 ) -> Overheads:

@@ -23,6 +23,7 @@ from kvserve.core.floors import floor_of, why_below
 from kvserve.core.loss import NOTHING_MEASURED, ExpectedLoss, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
+    CPU_OVERHEADS,
     Overheads,
     max_context,
     prior_overheads,
@@ -159,7 +160,7 @@ def _device(
     host_free = reserved(machine.host.free_bytes)
     on_gpu = can_gpu and request.backend is not Backend.CPU and request.n_gpu_layers != 0
     if not on_gpu:
-        prior = overheads or prior_overheads(None)
+        prior = overheads or CPU_OVERHEADS
         return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
     free = [reserved(gpu.free_bytes) for gpu in machine.gpus]
     # A split by layers leaves up to one layer's worth unused on each further GPU.
