@@ -1,10 +1,13 @@
-"""What a scrape of /metrics costs: pairs of runs of the demo model, with and without scraping.
+"""What a scrape of /metrics costs: pairs of runs under load, with and without scraping.
 
-The order within a pair alternates. Prints Markdown.
+The order within a pair alternates. With --step-ms the daemon is the real one, and its worker the
+scripted one, which answers 16 streams as steadily as a GPU would. Prints Markdown.
 """
 
 import argparse
 import asyncio
+import functools
+import json
 import os
 import statistics
 import subprocess
@@ -15,8 +18,11 @@ from pathlib import Path
 
 import httpx
 
+import kvserve.daemon
 from kvserve.bench.load import Load, run
+from kvserve.cli.app import main as cli
 from kvserve.instance import Instance, find_instance
+from kvserve.supervisor.process import ProcessSpawner
 
 SCRAPES = 300
 
@@ -78,22 +84,44 @@ async def pairs(instance: Instance, options: argparse.Namespace) -> None:
     print(f"| page | {len(page)} bytes, {page.count(chr(10))} lines |")
 
 
+def serve(state: str, step_ms: float) -> int:
+    """The daemon in this process, with a scripted worker."""
+    script = json.dumps({"step_ms": step_ms})
+    argv = (sys.executable, "-m", "kvserve.worker.fake", "--script", script)
+    kvserve.daemon.ProcessSpawner = functools.partial(ProcessSpawner, argv=argv)
+    sys.argv = ["kvserve", "start", "--model", "demo", "--port", "0", "--parallel", "16"]
+    sys.argv += ["--state-dir", state, "--adapt", "off"]
+    cli()
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between scrapes")
+    parser.add_argument("--step-ms", type=float, help="a scripted worker that is so fast")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.step_ms)
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "kvserve", "start", "--model", "demo", "--port", "0"]
-        command += ["--parallel", str(options.streams), "--state-dir", state, "--detach"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command += ["--parallel", str(options.streams), "--state-dir", state]
+        if options.step_ms is not None:
+            command = [sys.executable, __file__, "--serve", state, "--step-ms"]
+            command.append(str(options.step_ms))
+        daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert daemon.stdout is not None
+        for line in daemon.stdout:
+            if line.startswith("ask "):
+                break
         try:
             asyncio.run(pairs(find_instance(Path(state), None), options))
         finally:
-            stop = [sys.executable, "-m", "kvserve", "stop", "--state-dir", state]
-            subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
+            daemon.terminate()
+            daemon.wait()
     return 0
 
 
