@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -33,28 +32,30 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def scrape_for_ever(url: str, interval: float, seconds: list[float]) -> None:
-    async with httpx.AsyncClient(trust_env=False) as client:
-        while True:
-            began = time.perf_counter()
-            (await client.get(f"{url}/metrics")).raise_for_status()
-            seconds.append(time.perf_counter() - began)
-            await asyncio.sleep(interval)
+SCRAPER = """
+import sys, time, urllib.request
+while True:
+    began = time.perf_counter()
+    urllib.request.urlopen(sys.argv[1]).read()
+    print(time.perf_counter() - began, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
 
 
-async def measure(url: str, load: Load, interval: float | None, scrapes: list[float]) -> float:
-    scraping = None
-    if interval is not None:
-        scraping = asyncio.create_task(scrape_for_ever(url, interval, scrapes))
+def measure(url: str, load: Load, interval: float | None, scrapes: list[float]) -> float:
+    """Tokens a second. The scraper is another process, as Prometheus is."""
+    if interval is None:
+        return asyncio.run(run(f"{url}/v1", load)).tokens_per_second
+    command = [sys.executable, "-c", SCRAPER, f"{url}/metrics", str(interval)]
+    scraper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        return (await run(f"{url}/v1", load)).tokens_per_second
+        return asyncio.run(run(f"{url}/v1", load)).tokens_per_second
     finally:
-        if scraping is not None:
-            scraping.cancel()
-            await asyncio.gather(scraping, return_exceptions=True)
+        scraper.terminate()
+        scrapes += map(float, scraper.communicate()[0].splitlines())
 
 
-async def pairs(instance: Instance, options: argparse.Namespace) -> None:
+def pairs(instance: Instance, options: argparse.Namespace) -> None:
     url = instance.url
     scrapes: list[float] = []
     ratios, without = [], []
@@ -63,16 +64,16 @@ async def pairs(instance: Instance, options: argparse.Namespace) -> None:
         rates: dict[bool, float] = {}
         for scraped in (False, True) if pair % 2 else (True, False):
             interval = options.interval if scraped else None
-            rates[scraped] = await measure(url, load, interval, scrapes)
+            rates[scraped] = measure(url, load, interval, scrapes)
         if pair >= 0:
             ratios.append(rates[True] / rates[False])
             without.append(rates[False])
         print(f"pair {pair}: {rates[True]:.2f}, {rates[False]:.2f} tokens/s", file=sys.stderr)
-    async with httpx.AsyncClient(trust_env=False) as client:
-        page = (await client.get(f"{instance.url}/metrics")).text
+    with httpx.Client(trust_env=False) as client:
+        page = (client.get(f"{instance.url}/metrics")).text
         before = processor_seconds(instance.pid)
         for _ in range(SCRAPES):
-            await client.get(f"{instance.url}/metrics")
+            client.get(f"{instance.url}/metrics")
         each = (processor_seconds(instance.pid) - before) / SCRAPES
     print("| figure | value |\n|---|---|")
     print(f"| streams, pairs | {options.streams}, {options.pairs} |")
@@ -118,7 +119,7 @@ def main() -> int:
             if line.startswith("ask "):
                 break
         try:
-            asyncio.run(pairs(find_instance(Path(state), None), options))
+            pairs(find_instance(Path(state), None), options)
         finally:
             daemon.terminate()
             daemon.wait()
