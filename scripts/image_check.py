@@ -166,7 +166,7 @@ def check_behaviour(image: Image, models: Path, checks: Checks) -> None:
     stream = client_of(port).completions.create(
         model="default",
         prompt="Once",
-        max_tokens=32,
+        max_tokens=16,
         stream=True,
         extra_body={"ignore_eos": True},
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kvserve.cli.services import NAME, install, uninstall
+from kvserve.cli.services import NAME, closed_to_others, install, uninstall
 from kvserve.cli.unit import unit_text
 from kvserve.errors import UsageError
 
@@ -41,6 +41,28 @@ def test_install_and_uninstall(tmp_path, config, told, capsys, user):
     assert "enable --now kvserve" in capsys.readouterr().out
     with pytest.raises(UsageError, match="not installed"):
         uninstall(user=user, units=units, tell=told.append)
+
+
+def test_files_that_the_services_user_cannot_reach(tmp_path):
+    root = tmp_path.resolve()
+    root.chmod(0o755)
+    folder = root / "home"
+    folder.mkdir(mode=0o755)
+    file = folder / "model.gguf"
+    file.touch(mode=0o644)
+    (tmp_path / "link").symlink_to(file)
+    assert closed_to_others(file, root) is None
+    file.chmod(0o640)
+    assert closed_to_others(tmp_path / "link", root) == file
+    folder.chmod(0o750)
+    assert closed_to_others(file, root) == folder
+    assert closed_to_others(tmp_path / "nowhere") is None
+
+
+def test_the_system_service_tells_of_such_files(tmp_path, config, told, capsys):
+    config.chmod(0o600)
+    install(config, user=False, show=False, units=tmp_path / "units", tell=told.append)
+    assert f"who needs {config}" in capsys.readouterr().out
 
 
 def test_show_writes_nothing(tmp_path, config, told, capsys):

@@ -141,11 +141,19 @@ def logs(
 @app.command()
 @explained
 @flags.takes_settings(*flags.SHARED, "host", "port")
-def doctor(*, config: flags.Config = None, as_json: flags.Json = False, **given: object) -> None:
+def doctor(
+    *,
+    config: flags.Config = None,
+    probe: Annotated[
+        bool, typer.Option("--probe-kernels", help="Load the model with each KV pair and time it.")
+    ] = False,
+    as_json: flags.Json = False,
+    **given: object,
+) -> None:
     """Look for what stands in the way, and say what to do; with --model, for that model too."""
     from kvserve.cli.doctoring import doctor  # noqa: PLC0415
 
-    doctor(given, config, as_json=as_json)
+    doctor(given, config, probe=probe, as_json=as_json)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
@@ -14,17 +14,26 @@ from kvserve.doctor.diagnosis import diagnose
 from kvserve.doctor.examination import examine
 from kvserve.doctor.facts import Model
 from kvserve.doctor.findings import Finding, Level
-from kvserve.errors import KvserveError
+from kvserve.doctor.kernel_probe import probe_kernels
+from kvserve.errors import KvserveError, UsageError
 from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.preparing import prepare
 
 _INDENT = " " * 9
 
 
-def doctor(flags: Mapping[str, object], config: Path | None, *, as_json: bool) -> None:
-    """Examine and print. Exits with status 1 where there is a problem."""
+def doctor(flags: Mapping[str, object], config: Path | None, *, probe: bool, as_json: bool) -> None:
+    """Examine and print; with `probe` time the KV pairs too. Exits with status 1 where there is a
+    problem. Raises UsageError where there is no model to probe with."""
     settings = load_settings(flags, config=config)
-    findings = diagnose(examine(settings, _model(settings), os.environ))
+    if probe and settings.model is None:
+        raise UsageError("--probe-kernels needs a model: add --model FILE.gguf", param="model")
+    facts = examine(settings, _model(settings), os.environ)
+    if probe and facts.model is not None and isinstance(facts.model.plan, Plan):
+        launch = facts.model.plan.chosen.launch
+        path = str(open_model(settings).file.path)
+        facts = replace(facts, kernels=probe_kernels(path, launch, settings.n_threads(facts.host)))
+    findings = diagnose(facts)
     n_problems = sum(finding.level is Level.PROBLEM for finding in findings)
     if as_json:
         document = {"problems": n_problems, "findings": [asdict(f) for f in findings]}

@@ -1,5 +1,6 @@
 """`kvserve service install|uninstall`: a systemd unit that starts the daemon with the machine."""
 
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,28 @@ def install(
     tell([*scope, "daemon-reload"])
     shown = " ".join(["systemctl", *scope, "enable --now kvserve"])
     print(f"written  {place}\nstart    {shown}")
+    if not user:
+        for needed in (Path(sys.executable), path, Path(settings.model).expanduser()):
+            closed = closed_to_others(needed)
+            if closed is not None:
+                print(
+                    f"note     {closed} is closed to the service's own user, who needs {needed}: "
+                    f"chmod o+{'x' if closed.is_dir() else 'r'} {closed}, or move it"
+                )
+
+
+def closed_to_others(path: Path, below: Path = Path("/")) -> Path | None:
+    """The outermost folder on the way to `path`, or the file itself, that only its owner and
+    group may enter or read; None where everybody may, or where there is no such file. Folders that
+    are not `below` are not looked at."""
+    try:
+        real = path.resolve(strict=True)
+        for folder in reversed(real.parents):
+            if folder.is_relative_to(below) and not folder.stat().st_mode & stat.S_IXOTH:
+                return folder
+        return None if real.stat().st_mode & stat.S_IROTH else real
+    except OSError:
+        return None
 
 
 def uninstall(*, user: bool, units: Path | None = None, tell: Systemctl = systemctl) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from kvserve.doctor import gpu_rules, library_rules, model_rules, system_rules
+from kvserve.doctor import gpu_rules, kernel_rules, library_rules, model_rules, system_rules
 from kvserve.doctor.facts import Facts
 from kvserve.doctor.findings import Finding
 
@@ -14,6 +14,7 @@ RULES: tuple[Callable[[Facts], Iterable[Finding]], ...] = (
     gpu_rules.kv_pairs,
     library_rules.processor,
     model_rules.model,
+    kernel_rules.kernels,
     system_rules.memory,
     system_rules.port,
     system_rules.kernel,

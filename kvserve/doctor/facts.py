@@ -1,12 +1,14 @@
 """What the doctor knows of a machine: values alone, so that its rules can be tested as a table."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvserve.core.machine import Gpu, Host
+from kvserve.core.dtypes import CachePair
+from kvserve.core.machine import Backend, Gpu, Host
 from kvserve.core.plan import Plan
 from kvserve.device.cgroup import Limits
 from kvserve.device.hardware import Processor
 from kvserve.errors import KvserveError
+from kvserve.ipc.measuring import KernelTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,15 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelSpeed:
+    """A KV pair that was tried: its time, or why there is none."""
+
+    pair: CachePair
+    time: KernelTime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """The address to listen on. `error` is the system's word where it is not free, `owner` the
     model of the kvserve that has it."""
@@ -97,4 +108,11 @@ class Facts:
     model: Model | None = None
     state_dir_error: str | None = None
     exposure_error: str | None = None
-    unknown_variables: tuple[str, ...] = field(default=())
+    unknown_variables: tuple[str, ...] = ()
+    kernels: tuple[KernelSpeed, ...] = ()
+
+    @property
+    def backend(self) -> Backend | None:
+        """Where the plan puts layers; None without a plan."""
+        plan = None if self.model is None else self.model.plan
+        return plan.chosen.launch.backend if isinstance(plan, Plan) else None

@@ -43,3 +43,17 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 MeasureAnswer = Measured | Refused
+
+
+class KernelTime(msgspec.Struct, frozen=True):
+    """How fast one KV pair is: the median time of a single-token step at the beginning of the
+    context, and after `depth` tokens. What `python -m kvserve.worker.kernels` answers."""
+
+    depth: int
+    shallow_seconds: float
+    deep_seconds: float
+
+    @property
+    def growth_seconds(self) -> float:
+        """What the depth adds to a step: attention over the cache, and nothing else."""
+        return self.deep_seconds - self.shallow_seconds
