@@ -1,6 +1,7 @@
 """What an evaluation has measured so far, on disk after each answer, so that it can go on."""
 
 import contextlib
+import fcntl
 import hashlib
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Self
 
 import msgspec
 
+from kvserve.errors import UsageError
 from kvserve.ipc.evaluating import (
     Answered,
     EvalAnswer,
@@ -31,14 +33,22 @@ class Partial:
     """A file of JSON lines: what is measured, then the answers.
 
     A file that was begun with other settings is started afresh. Of a unit that was cut off in the
-    middle nothing counts.
+    middle nothing counts. Raises UsageError where another process writes the same file.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self._path = path
         self._fingerprint = fingerprint
-        self._answers: list[Result | Finished] = self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_suffix(".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UsageError(
+                "the same evaluation runs already: wait for it, or end it and go on from there"
+            ) from error
+        self._answers: list[Result | Finished] = self._read()
         lines = [msgspec.json.encode(each) for each in (_Head(fingerprint), *self._answers)]
         fresh = path.with_suffix(".new")
         fresh.write_bytes(b"".join(line + b"\n" for line in lines))
@@ -55,6 +65,7 @@ class Partial:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        self._lock.close()
 
     @property
     def done(self) -> tuple[str, ...]:
@@ -79,6 +90,7 @@ class Partial:
         """The evaluation is complete and stored elsewhere: drop the file."""
         self._file.close()
         self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".lock").unlink(missing_ok=True)
 
     def _read(self) -> list[Result | Finished]:
         answers: list[Result | Finished] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvserve.core.dtypes import parse_pair
-from kvserve.errors import WorkerFailed
+from kvserve.errors import UsageError, WorkerFailed
 from kvserve.eval.session import Job, run
 from kvserve.ipc.evaluating import EvalRequest, Pacing
 from kvserve.ipc.messages import Load
@@ -87,6 +87,22 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     assert outcome.path is None
     assert speeds(outcome.quality) == {"f16:f16": 1.0}
     assert run(JOB, Profiles(tmp_path), io.StringIO(), argv()).n_resumed == 1
+
+
+def test_two_of_the_same_do_not_run_at_once(tmp_path: Path) -> None:
+    class Nested(io.StringIO):
+        refusal = ""
+
+        def write(self, text: str) -> int:
+            with pytest.raises(UsageError) as caught:
+                run(JOB, Profiles(tmp_path), io.StringIO(), argv())
+            self.refusal = caught.value.message
+            return len(text)
+
+    out = Nested()
+    assert run(JOB, Profiles(tmp_path), out, argv()).n_resumed == 0
+    assert out.refusal.startswith("the same evaluation runs already")
+    assert run(JOB, Profiles(tmp_path), io.StringIO(), argv()).path is not None
 
 
 def test_a_trap_is_tried_without_repacked_weights(tmp_path: Path) -> None:
