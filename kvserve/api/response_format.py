@@ -2,6 +2,7 @@
 
 import json
 
+from kvserve.api.unicode import encodable
 from kvserve.errors import InvalidRequest, Unsupported
 from kvserve.ipc.messages import Grammar
 
@@ -65,8 +66,4 @@ def _bounded(text: str, where: str) -> str:
         raise InvalidRequest(
             f"this is over {MAX_GRAMMAR_CHARACTERS} characters: make it shorter", param=where
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest("the text is not valid Unicode", param=where) from None
-    return text
+    return encodable(text, where)

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from kvserve.api.config import task_in
 from kvserve.api.response_format import read_response_format
+from kvserve.api.sampling import read_sampling
 from kvserve.api.schemas import (
     INT32_MAX,
     MAX_CHOICES,
@@ -17,13 +18,13 @@ from kvserve.api.schemas import (
     GenerationRequest,
     Message,
 )
+from kvserve.api.unicode import encodable
 from kvserve.core.plan import Task
 from kvserve.errors import InvalidRequest, Unsupported
 from kvserve.ipc.messages import (
     ChatMessage,
     ChatPrompt,
     Prompt,
-    Sampling,
     TextPrompt,
     TokenPrompt,
 )
@@ -57,27 +58,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 """Fields that would change the answer and are not implemented, with the values beside null that
 ask for nothing."""
-
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repeat_last_n",
-    "xtc_probability",
-    "xtc_threshold",
-    "dry_multiplier",
-    "dry_base",
-    "dry_allowed_length",
-    "dry_penalty_last_n",
-    "mirostat",
-    "mirostat_tau",
-    "mirostat_eta",
-)
-_SHORTENING = ("top_k", "top_p", "min_p", "typical_p", "xtc_probability")
-"""What Mirostat takes the place of."""
 
 
 def chat_specs(body: ChatCompletionRequest) -> tuple[GenerationSpec, ...]:
@@ -154,14 +134,14 @@ def _spec(
         )
     return GenerationSpec(
         prompt=prompt,
-        sampling=_sampling(body),
+        sampling=read_sampling(body),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop=_stops(body.stop),
         ignore_eos=bool(body.ignore_eos),
         min_ctx=(body.kvserve.ctx or 0) if body.kvserve is not None else 0,
         task=_task(body),
-        cache_salt=_encodable(body.cache_salt or "", "cache_salt"),
+        cache_salt=encodable(body.cache_salt or "", "cache_salt"),
         n_logprobs=n_logprobs,
         grammar=read_response_format(body.response_format),
     )
@@ -172,48 +152,6 @@ def _task(body: GenerationRequest) -> Task | None:
     if body.kvserve is not None and body.kvserve.task is not None:
         return body.kvserve.task
     return None if body.model is None else task_in(body.model)
-
-
-def _sampling(body: GenerationRequest) -> Sampling:
-    values: dict[str, Any] = {name: getattr(body, name) for name in _SAMPLING}
-    values["repeat_penalty"] = (
-        body.repetition_penalty if body.repeat_penalty is None else body.repeat_penalty
-    )
-    _check_mirostat(body)
-    if body.dry_sequence_breakers is not None:
-        values["dry_sequence_breakers"] = tuple(
-            _encodable(text, f"dry_sequence_breakers[{index}]")
-            for index, text in enumerate(body.dry_sequence_breakers)
-        )
-    if body.top_k is not None:
-        values["top_k"] = max(0, body.top_k)
-    if body.seed is not None:
-        # llama.cpp seeds with 32 bits; -1 becomes its LLAMA_DEFAULT_SEED, a random one.
-        values["seed"] = body.seed % 2**32
-    if body.logit_bias:
-        values["logit_bias"] = {_token_id(k): v for k, v in body.logit_bias.items()}
-    return Sampling(**{name: value for name, value in values.items() if value is not None})
-
-
-def _check_mirostat(body: GenerationRequest) -> None:
-    if not body.mirostat:
-        return
-    for name in _SHORTENING:
-        if getattr(body, name) is not None:
-            raise InvalidRequest(
-                f"mirostat takes the place of {name}: leave one of the two out", param=name
-            )
-    if body.temperature == 0:
-        raise InvalidRequest(
-            "mirostat draws at random: set a temperature above 0, or leave mirostat out",
-            param="mirostat",
-        )
-
-
-def _token_id(key: str) -> int:
-    if key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= INT32_MAX:
-        return int(key)
-    raise InvalidRequest("the keys of logit_bias are token ids in decimal", param="logit_bias")
 
 
 def _stops(value: object) -> tuple[str, ...]:
@@ -228,7 +166,7 @@ def _stops(value: object) -> tuple[str, ...]:
         raise InvalidRequest(
             f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters", param="stop"
         )
-    return tuple(_encodable(stop, "stop") for stop in stops)
+    return tuple(encodable(stop, "stop") for stop in stops)
 
 
 def _chat_message(message: Message, where: str) -> ChatMessage:
@@ -248,7 +186,7 @@ def _content(value: object, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return _encodable(value, where)
+        return encodable(value, where)
     if not isinstance(value, list):
         raise InvalidRequest("content is a string or a list of parts", param=where)
     return "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
@@ -263,7 +201,7 @@ def _part(part: object, where: str) -> str:
     text = part.get(kind)
     if not isinstance(text, str):
         raise InvalidRequest(f"a {kind} part needs a string", param=f"{where}.{kind}")
-    return _encodable(text, f"{where}.{kind}")
+    return encodable(text, f"{where}.{kind}")
 
 
 def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, bool | int | float | str]:
@@ -275,7 +213,7 @@ def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, bool | int | float | s
             )
         where = f"chat_template_kwargs.{name}"
         if isinstance(value, str) and len(value) <= 64:
-            _encodable(value, where)
+            encodable(value, where)
         elif not isinstance(value, bool | int | float) or not _is_64_bit(value):
             raise InvalidRequest(f"{name} is a boolean, a number or a short string", param=where)
     return kwargs
@@ -288,7 +226,7 @@ def _is_64_bit(number: float) -> bool:
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
-        return (TextPrompt(_encodable(value, "prompt")),)
+        return (TextPrompt(encodable(value, "prompt")),)
     if not isinstance(value, list) or not value:
         raise InvalidRequest(
             "prompt is a string, a list of token ids, or a list of one of the two", param="prompt"
@@ -302,7 +240,7 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
 
 def _one_prompt(value: object, where: str) -> Prompt:
     if isinstance(value, str):
-        return TextPrompt(_encodable(value, where))
+        return TextPrompt(encodable(value, where))
     if isinstance(value, list) and value:
         return _token_prompt(value, where)
     raise InvalidRequest("a prompt is a string or a list of token ids", param=where)
@@ -312,12 +250,3 @@ def _token_prompt(tokens: Sequence[Any], where: str) -> TokenPrompt:
     if not all(type(token) is int and 0 <= token <= INT32_MAX for token in tokens):
         raise InvalidRequest("token ids are whole numbers from 0", param=where)
     return TokenPrompt(tuple(tokens))
-
-
-def _encodable(text: str, where: str) -> str:
-    """The text itself. JSON can spell half a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest("the text is not valid Unicode", param=where) from None
-    return text

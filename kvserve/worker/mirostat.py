@@ -31,7 +31,10 @@ class Mirostat:
 
     def sample(self, row: Row) -> int:
         """Draw a token, and let what it cost move the limit."""
-        logits = (row - row.max()) / np.float32(self._temperature)
+        highest = row.max()
+        if not np.isfinite(highest):
+            return int(row.argmax())
+        logits = (row - highest) / np.float32(self._temperature)
         log_total = np.log(np.exp(logits).sum(dtype=np.float64))
         logprobs = logits - np.float32(log_total)
         ids = self._by_slope(logprobs) if self._version == 1 else self._by_surprise(logprobs)

@@ -162,7 +162,10 @@ class _Whole:
         self._dice = dice(stream=1)
 
     def __call__(self, row: Row) -> int:
-        logits = (row - row.max()) / self._temperature
+        highest = row.max()
+        if not np.isfinite(highest):
+            return int(row.argmax())
+        logits = (row - highest) / self._temperature
         starts = np.arange(0, len(row), BLOCK)
         with np.errstate(divide="ignore"):
             blocks = np.log(np.add.reduceat(np.exp(logits), starts))

@@ -140,6 +140,29 @@ def test_rounding_hardly_ever_changes_a_draw(fields: dict[str, float]) -> None:
     assert n_changed <= 6
 
 
+@pytest.mark.parametrize("value", [-np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"typical_p": 0.9},
+        {"min_p": 0.1},
+        {"top_k": 40, "top_p": 0.9, "typical_p": 0.9, "min_p": 0.1},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.1},
+        {"mirostat": 1},
+        {"mirostat": 2},
+    ],
+    ids=str,
+)
+def test_a_row_without_logits_is_survived(fields: dict[str, float], value: float) -> None:
+    """A grammar that cannot be followed leaves nothing, and a broken model NaN; the worker must
+    not die of either."""
+    token = sampler(**fields).sample(np.full(N_VOCAB, value, dtype=np.float32))
+    assert 0 <= token < N_VOCAB
+
+
 def test_streams_of_one_seed_differ() -> None:
     flat = np.zeros(1000, dtype=np.float32)
     drawn = [[Dice(7, 0, stream).draw(flat) for _ in range(1)] for stream in range(3)]

@@ -102,6 +102,13 @@ def test_one_of_the_top_choices_stays(row: np.ndarray, threshold: float) -> None
 
 
 @pytest.mark.parametrize("shorten", [nucleus, typical])
+def test_zeros_have_signs(shorten) -> None:
+    for seed in range(50):
+        row = np.random.default_rng(seed).permutation([0.0, 0.0, 0.0, -0.0, -0.0, -0.0, -20.0])
+        assert len(shorten(row.astype(np.float32), 0.99)) == 6
+
+
+@pytest.mark.parametrize("shorten", [nucleus, typical])
 def test_indices_ascend(shorten) -> None:
     row = np.random.default_rng(1).normal(0, 3, 20_000).astype(np.float32)
     ids = shorten(row, 0.9)
