@@ -90,6 +90,7 @@ async def serve(
         load_timeout=settings.load_timeout,
         step_timeout=settings.step_timeout,
         carry_bytes=settings.carry_bytes,
+        cache_bytes=settings.cache_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
         serves_below_floor=settings.below_floor == "serve",
     )

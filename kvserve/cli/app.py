@@ -68,6 +68,7 @@ def plan(
     "request_timeout",
     "drain_timeout",
     "carry_ram",
+    "cache_ram",
     "load_timeout",
     "step_timeout",
     "log_level",

@@ -20,7 +20,8 @@ class Load(Message, frozen=True):
     `n_gpu_layers` counts the output layer, as llama.cpp does; `n_cpu_moe` layers from the front
     keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
     weights off (they trap on some virtual machines). `carried` are files with the sequences that
-    an earlier worker exported, to be read before `Loaded`.
+    an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
+    conversations that have to leave the KV cache.
     """
 
     model_path: str
@@ -38,6 +39,7 @@ class Load(Message, frozen=True):
     tensor_split: tuple[float, ...] = ()
     extra_buffers: bool = True
     carried: tuple[str, ...] = ()
+    cache_ram_bytes: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):

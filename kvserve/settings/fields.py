@@ -135,6 +135,11 @@ class Settings(BaseModel):
         description="Host memory for conversations' KV cache on its way to the next worker, as "
         "`4GiB`; 0 computes them again, `auto` is a quarter of what is free.",
     )
+    cache_ram: values.SizeOrAuto = Field(
+        "auto",
+        description="Host memory for conversations that had to leave the KV cache and may come "
+        "back, as `4GiB`; 0 for none, `auto` is an eighth of what is free.",
+    )
     load_timeout: values.PositiveSeconds = Field(
         600.0, description="How long a model may take to load before the worker is ended."
     )
@@ -202,6 +207,11 @@ class Settings(BaseModel):
     def carry_bytes(self) -> int | None:
         """`carry_ram` in bytes; None for `auto`."""
         return None if self.carry_ram == "auto" else self.carry_ram
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_ram` in bytes; None for `auto`."""
+        return None if self.cache_ram == "auto" else self.cache_ram
 
     def growth(self, n_ctx_train: int) -> GrowthPolicy:
         """Return when the context of a model trained for `n_ctx_train` tokens moves by itself."""

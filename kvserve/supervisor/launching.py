@@ -68,7 +68,8 @@ class Policy:
     """Limits, in seconds where not said otherwise; `request_timeout` None is no limit.
 
     `carry_bytes` is the host memory that sequences may take on their way to the next worker, None
-    for a quarter of what is free then.
+    for a quarter of what is free then; `cache_bytes` those that had to leave a worker's KV cache,
+    None for an eighth.
     """
 
     model_path: str
@@ -81,8 +82,15 @@ class Policy:
     load_timeout: float = 600.0
     step_timeout: float = 120.0
     carry_bytes: int | None = 0
+    cache_bytes: int | None = 0
     growth: GrowthPolicy = NO_GROWTH
     serves_below_floor: bool = True
+
+    def cache_limit(self, plan: Plan) -> int:
+        """The host memory for what leaves the KV cache under a plan, in bytes."""
+        if self.cache_bytes is not None:
+            return self.cache_bytes
+        return plan.machine.host.free_bytes // 8
 
     def carry_limit(self, following: Plan) -> int:
         """The host memory for sequences on their way to `following`, in bytes."""
@@ -110,6 +118,7 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         tensor_split=launch.tensor_split,
         extra_buffers=attempt.extra_buffers,
         carried=attempt.carried.paths,
+        cache_ram_bytes=policy.cache_limit(attempt.plan),
     )
 
 

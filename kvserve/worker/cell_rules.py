@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -27,7 +30,16 @@ class Clear:
     slot: int
 
 
-Operation = Copy | Cut | Clear
+@dataclass(frozen=True, slots=True, eq=False)
+class Store:
+    """Sequence `slot`, with cells for `tokens`, is about to be given up: copy it elsewhere."""
+
+    slot: int
+    tokens: NDArray[np.int32]
+    salt: str
+
+
+Operation = Copy | Cut | Clear | Store
 
 
 @dataclass(frozen=True, slots=True)

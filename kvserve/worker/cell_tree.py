@@ -35,13 +35,16 @@ class Branch:
 
 @dataclass(slots=True, eq=False)
 class CachedSequence:
-    """One sequence of the cache: cells for `tokens[:n_cells]`, under llama.cpp's id `slot`."""
+    """One sequence of the cache: cells for `tokens[:n_cells]`, under llama.cpp's id `slot`.
+    `n_stored` of them are in host memory too; `wanted` is one whose request comes back."""
 
     slot: int
     tokens: Tokens
     salt: str
     tail: Branch
     running: bool = True
+    n_stored: int = 0
+    wanted: bool = False
 
     @property
     def n_cells(self) -> int:

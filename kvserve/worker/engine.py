@@ -26,8 +26,9 @@ from kvserve.ipc.messages import (
     ToWorker,
 )
 from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
-from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.drawing import Drawer, Wish
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
@@ -59,7 +60,8 @@ class _Job:
 class Engine:
     """Serves requests from `inbox` with `context`, until the process ends.
 
-    `n_slots` requests run at a time. The caller's reader thread feeds the inbox.
+    `n_slots` requests run at a time, and up to `cold_bytes` of host memory hold conversations that
+    left the KV cache. The caller's reader thread feeds the inbox.
     """
 
     def __init__(
@@ -69,13 +71,19 @@ class Engine:
         renderer: ChatRenderer,
         inbox: Inbox,
         n_slots: int,
+        cold_bytes: int = 0,
     ) -> None:
         self._context = context
         self._channel = channel
         self._inbox = inbox
         self._cache = PrefixCache(
-            context.n_ctx, n_slots, context.reuse_rules, context.first_position
+            context.n_ctx,
+            n_slots,
+            context.reuse_rules,
+            context.first_position,
+            stores=cold_bytes > 0 and context.state_layout is not None,
         )
+        self._cold = ColdTier(context, self._cache, cold_bytes, self._change_memory)
         self._scheduler = Scheduler(context.n_ctx, n_slots, context.n_batch, self._cache)
         self._pace = Pace(context.n_batch)
         self._batch = Batch(context.n_batch)
@@ -181,6 +189,7 @@ class Engine:
             self._scheduler.remove(request, broken=broken)
 
     def _step(self) -> None:
+        self._cold.restore(self._scheduler)
         plan = self._scheduler.plan(self._pace.limit(self._scheduler.n_decoding))
         self._change_memory(plan.operations)
         for request in plan.admitted:
@@ -242,6 +251,8 @@ class Engine:
                     context.cut_slot(slot, n_tokens)
                 case Clear(slot):
                     context.clear_slot(slot)
+                case Store():
+                    self._cold.keep(operation)
 
     def _decode(self, plan: Plan) -> bool:
         batch = self._batch

@@ -9,8 +9,9 @@ decode.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules, Store
 from kvserve.worker.cell_tree import CachedSequence, CellTree, Match, Tokens
+from kvserve.worker.cold_store import SHORTEST
 from kvserve.worker.worth import Worth
 
 _SHORTEST = 16
@@ -41,7 +42,8 @@ class PrefixCache:
     """The sequences of a KV cache with `n_cells`, whose batches use the ids below `n_slots`.
 
     `first_position` tells the lowest position of a sequence that the cache really holds, -1 for
-    none. Beginnings shorter than `shortest` are not reused.
+    none. Beginnings shorter than `shortest` are not reused. With `stores` what others need the
+    cells of is stored first, where reuse has been paying or its own request comes back.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class PrefixCache:
         rules: Rules,
         first_position: Callable[[int], int],
         shortest: int = _SHORTEST,
+        *,
+        stores: bool = False,
     ) -> None:
         self.shortest = shortest
         self.rules = rules
@@ -59,6 +63,7 @@ class PrefixCache:
         self._first_position = first_position
         self._tree = CellTree()
         self._worth = Worth(n_cells)
+        self._stores = stores
         self._kept: dict[CachedSequence, None] = {}
         self._free_slots = list(range(n_slots - 1, -1, -1))
         self._free_spares = list(range(n_slots + rules.n_spare - 1, n_slots - 1, -1))
@@ -122,9 +127,11 @@ class PrefixCache:
         """A decode filled cells for the next `n_tokens` tokens of a running sequence."""
         self._tree.append(sequence, n_tokens)
 
-    def keep(self, sequence: CachedSequence) -> None:
-        """A sequence's request ended or waits again: its cells stay until others need them."""
+    def keep(self, sequence: CachedSequence, *, wanted: bool = False) -> None:
+        """A sequence's request ended, or waits again (`wanted`): its cells stay until others need
+        them."""
         self._tree.stop(sequence)
+        sequence.wanted = wanted
         known = self._known(sequence)
         if sequence.n_cells < self.shortest or known is not None:
             self._drop(sequence)
@@ -144,12 +151,24 @@ class PrefixCache:
         """Sequence ids that nothing has, those that batches cannot use first."""
         return (*self._free_spares, *self._free_slots)
 
-    def adopt(self, slot: int, tokens: Tokens, salt: str) -> None:
-        """Keep a sequence that was read from elsewhere under a free id."""
+    def claim(self, n_tokens: int) -> int | None:
+        """Give up what must go for `n_tokens` more cells, and for an id that batches may use;
+        returns a free one. None where all run."""
+        self.make_room(n_tokens)
+        if not self._free_slots:
+            if not any(kept.slot < self._n_slots for kept in self._kept):
+                return None
+            self._free_slots.append(self._take_slot())
+        return self._free_slots[-1]
+
+    def adopt(self, slot: int, tokens: Tokens, salt: str, n_stored: int = 0) -> None:
+        """Keep a sequence that was read from elsewhere under a free id. `n_stored` of its tokens
+        are in host memory already."""
         (self._free_slots if slot < self._n_slots else self._free_spares).remove(slot)
         sequence = self._tree.open(slot, tokens, salt)
         self._tree.append(sequence, len(tokens))
         self._tree.stop(sequence)
+        sequence.n_stored = n_stored
         self._kept[sequence] = None
 
     def make_room(self, n_tokens: int) -> None:
@@ -159,11 +178,13 @@ class PrefixCache:
             victim = next(victims, None)
             if victim is None:
                 return
+            self._store(victim)
             self._shrink(victim, max(n_missing, self._n_cells // _EVICTED_SHARE))
 
     def evict_oldest(self) -> bool:
         """Give the least recently used kept sequence up; False where none is kept."""
         for oldest in self._kept:
+            self._store(oldest)
             self._evict(oldest)
             return True
         return False
@@ -217,6 +238,7 @@ class PrefixCache:
             if self._free_spares:
                 self._move(oldest, self._free_spares.pop())
             else:
+                self._store(oldest)
                 self._evict(oldest)
         return self._free_slots.pop()
 
@@ -253,6 +275,14 @@ class PrefixCache:
             return
         self._operations.append(Cut(victim.slot, n_left))
         self._tree.cut(victim, n_left)
+
+    def _store(self, sequence: CachedSequence) -> None:
+        """Have a sequence stored before others get its cells, unless it is already."""
+        worth = sequence.wanted or self._worth.pays
+        if self._stores and worth and sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1):
+            tokens = sequence.tokens[: sequence.n_cells].copy()
+            self._operations.append(Store(sequence.slot, tokens, sequence.salt))
+            sequence.n_stored = sequence.n_cells
 
     def _evict(self, sequence: CachedSequence) -> None:
         del self._kept[sequence]

@@ -170,6 +170,25 @@ class Scheduler:
         entry.n_tokens += 1
         entry.decoding = True
 
+    def next_admissible(self) -> list[tuple[Tokens, str]]:
+        """Beginnings and salts of the requests that the next `plan` admits whatever is cached."""
+        found = []
+        n_promised, n_running = self._n_cells_promised(), len(self._running)
+        for entry in self._waiting:
+            n_promised += entry.n_left
+            growth = _GROWTH_CELLS * n_running
+            fits = n_running == 0 or n_promised + growth <= self.n_cells
+            if self._closed or n_running >= self.n_slots or not fits:
+                break
+            found.append((entry.reusable, entry.salt))
+            n_running += 1
+        return found
+
+    def has_room(self, n_tokens: int) -> bool:
+        """Whether so many cells are free beside what the running requests need."""
+        growth = _GROWTH_CELLS * len(self._running)
+        return self._n_cells_promised() + n_tokens + growth <= self.n_cells
+
     def plan(self, n_prefill_max: int) -> Batch:
         """The next batch: one token of every generating request, then up to `n_prefill_max`
         prompt tokens. Empty only where nothing waits or runs."""
@@ -217,15 +236,18 @@ class Scheduler:
 
     def _preempt(self, *, broken: bool = False) -> int:
         entry = self._running.pop()
-        self._leave_cache(entry, broken=broken)
+        self._leave_cache(entry, broken=broken, wanted=True)
         entry.decoding = False
         self._waiting.appendleft(entry)
         return entry.id
 
-    def _leave_cache(self, entry: _Entry, *, broken: bool) -> None:
+    def _leave_cache(self, entry: _Entry, *, broken: bool, wanted: bool = False) -> None:
         if entry.sequence is not None:
             entry.n_scored = max(entry.n_scored, entry.n_past)
-            (self.cache.drop if broken else self.cache.keep)(entry.sequence)
+            if broken:
+                self.cache.drop(entry.sequence)
+            else:
+                self.cache.keep(entry.sequence, wanted=wanted)
         entry.sequence = entry.leader = None
         entry.n_shared = 0
 

@@ -40,7 +40,7 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
         channel.send(LoadFailed(error.message, error.out_of_memory))
         return 1
     context = model.context
-    engine = Engine(context, channel, model.renderer, inbox, load.n_seq_max)
+    engine = Engine(context, channel, model.renderer, inbox, load.n_seq_max, load.cache_ram_bytes)
     carried = engine.take_in(incoming) if incoming is not None else None
     channel.send(
         Loaded(

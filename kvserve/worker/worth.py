@@ -16,6 +16,7 @@ _FIRST = 0.25
 _WEIGHT = 1 / 8
 _ENOUGH = 0.25
 """The share of its prompt tokens that a load must reuse to be given the whole cache."""
+_PAYS = 0.05
 _KEY_TOKENS = 32
 _MOST_GHOSTS = 4096
 
@@ -32,6 +33,11 @@ class Worth:
     def n_cells(self) -> int:
         """Cells that kept sequences may take."""
         return int(self._n_cells * min(1.0, self._share / _ENOUGH))
+
+    @property
+    def pays(self) -> bool:
+        """Whether some of the prompts' tokens were reused, or asked for in vain, lately."""
+        return self._share >= _PAYS
 
     def observe(self, tokens: Tokens, salt: str, n_reused: int) -> None:
         """A request for `tokens` came, and `n_reused` of them were in the cache."""

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules
+from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules, Store
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.scheduler import Batch, Scheduler
 
@@ -29,6 +29,7 @@ class FakeMemory:
     seed: int = 0
     sequences: dict[int, list[Cell]] = field(default_factory=dict)
     lowest: dict[int, int] = field(default_factory=dict)
+    stored: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -55,6 +56,9 @@ class FakeMemory:
                 case Clear(slot):
                     self.sequences.pop(slot, None)
                     self.lowest.pop(slot, None)
+                case Store(slot, tokens, _):
+                    assert self.tokens(slot) == tokens.tolist()
+                    self.stored.append(tokens.tolist())
 
     def _copy(self, source: int, target: int, n_tokens: int) -> None:
         assert self.rules.shares

@@ -1,0 +1,96 @@
+"""Sequences that had to leave the KV cache, kept in host memory until they are asked for again.
+
+The least recently used go when the bytes run out. Restoring one is a copy; prefilling it again is
+the whole model.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvserve.worker.cell_tree import Tokens, n_common
+
+SHORTEST = 256
+"""Fewer tokens are as soon prefilled again."""
+
+
+class State(Protocol):
+    """What is kept of a sequence: `worker.carry`'s exported state."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory that it takes."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A sequence: `tokens` are those in its cells."""
+
+    state: State
+    tokens: Tokens
+    salt: str
+
+
+class ColdStore:
+    """Up to `limit_bytes` of sequences. With `whole` one is of use only to a request that begins
+    with all of it: what a sliding window or a recurrent state allows."""
+
+    def __init__(self, limit_bytes: int, *, whole: bool) -> None:
+        self.limit_bytes = limit_bytes
+        self.n_bytes = 0
+        self._whole = whole
+        self._stored: OrderedDict[Stored, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def latest(self) -> tuple[Stored, ...]:
+        """All of them, the most recently used first."""
+        return tuple(reversed(self._stored))
+
+    def put(self, stored: Stored) -> None:
+        """Keep a sequence; those that are the beginning of it, and the oldest, go."""
+        if stored.state.n_bytes > self.limit_bytes:
+            stored.state.close()
+            return
+        for other in list(self._stored):
+            n_both = n_common(other.tokens, stored.tokens)
+            if other.salt == stored.salt and n_both == len(other.tokens):
+                self._drop(other)
+        while self.n_bytes + stored.state.n_bytes > self.limit_bytes:
+            self._drop(next(iter(self._stored)))
+        self._stored[stored] = None
+        self.n_bytes += stored.state.n_bytes
+
+    def find(self, tokens: Tokens, salt: str) -> tuple[Stored, int] | None:
+        """The sequence that `tokens` begins with the most of, and how much that is. At least one
+        token is left to be decoded."""
+        best: tuple[Stored, int] | None = None
+        for stored in self._stored:
+            if stored.salt != salt:
+                continue
+            n_both = min(n_common(stored.tokens, tokens), len(tokens) - 1)
+            if self._whole and n_both < len(stored.tokens):
+                continue
+            if n_both >= max(SHORTEST, (best[1] if best else 0) + 1):
+                best = stored, n_both
+        return best
+
+    def touch(self, stored: Stored) -> None:
+        """It was used."""
+        self._stored.move_to_end(stored)
+
+    def drop(self, stored: Stored) -> None:
+        """Forget one that proved to be of no use."""
+        self._drop(stored)
+
+    def _drop(self, stored: Stored) -> None:
+        del self._stored[stored]
+        self.n_bytes -= stored.state.n_bytes
+        stored.state.close()

@@ -1,0 +1,127 @@
+"""What host memory keeps of sequences that left the KV cache, and what is found again."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from kvserve.worker.cell_rules import Clear, Rules, Store
+from kvserve.worker.cold_store import SHORTEST, ColdStore, Stored
+from kvserve.worker.prefix_cache import PrefixCache
+from tests.worker.fake_memory import PLAIN
+
+
+@dataclass
+class FakeState:
+    n_bytes: int
+    closed: bool = False
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+def tokens(n: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + n, dtype=np.int32)
+
+
+def stored(n: int, first: int = 0, salt: str = "", n_bytes: int = 10) -> Stored:
+    return Stored(FakeState(n_bytes), tokens(n, first), salt)
+
+
+def test_the_longest_common_beginning_is_found_and_a_token_is_left() -> None:
+    store = ColdStore(1000, whole=False)
+    short, long = stored(300), stored(500)
+    other = stored(400, first=9000)
+    for one in (short, other, long):
+        store.put(one)
+    assert store.find(tokens(1000), "") == (long, 500)
+    assert store.find(tokens(400), "") == (long, 399)
+    assert store.find(tokens(SHORTEST), "") is None
+    assert store.find(tokens(1000), "another") is None
+    assert short.state.closed
+    assert store.latest == (long, other)
+
+
+def test_where_only_the_whole_is_of_use_a_part_is_not_found() -> None:
+    store = ColdStore(1000, whole=True)
+    store.put(stored(500))
+    assert store.find(tokens(400), "") is None
+    assert store.find(tokens(501), "") is not None
+
+
+def test_the_bytes_are_bounded_and_the_oldest_go_first() -> None:
+    store = ColdStore(30, whole=False)
+    every = [stored(300, first=1000 * n) for n in range(5)]
+    for one in every[:3]:
+        store.put(one)
+    store.touch(every[0])
+    for one in every[3:]:
+        store.put(one)
+    assert [one.state.closed for one in every] == [False, True, True, False, False]
+    assert (store.n_bytes, len(store)) == (30, 3)
+    large = stored(300, first=9000, n_bytes=31)
+    store.put(large)
+    assert large.state.closed
+    assert len(store) == 3
+
+
+def cache_of(**fields: bool) -> PrefixCache:
+    return PrefixCache(1000, 2, PLAIN, lambda _slot: 0, 1, **fields)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_must_go_is_stored_once_before_its_cells_are_given_up(wanted: bool) -> None:
+    cache = cache_of(stores=True)
+    sequence = cache.open(tokens(600), "mine", None)
+    cache.append(sequence, 600)
+    cache.keep(sequence, wanted=wanted)
+    cache.take_operations()
+    cache.make_room(450)
+    cache.make_room(800)
+    operations = cache.take_operations()
+    stores = [one for one in operations if isinstance(one, Store)]
+    assert len(stores) == 1
+    assert operations[0] is stores[0]
+    assert (stores[0].salt, stores[0].tokens.tolist()) == ("mine", tokens(600).tolist())
+
+
+def test_a_load_that_reuses_nothing_stores_nothing_but_what_comes_back() -> None:
+    cache = cache_of(stores=True)
+    for n in range(60):
+        cache.observe(tokens(300, 1000 * n), "", 0)
+    for wanted in (False, True):
+        sequence = cache.open(tokens(600), "", None)
+        cache.append(sequence, 600)
+        cache.keep(sequence, wanted=wanted)
+        cache.take_operations()
+        cache.make_room(1000)
+        stored_first = isinstance(cache.take_operations()[0], Store)
+        assert stored_first == wanted
+
+
+def test_without_a_store_nothing_is_stored() -> None:
+    cache = cache_of()
+    sequence = cache.open(tokens(600), "", None)
+    cache.append(sequence, 600)
+    cache.keep(sequence, wanted=True)
+    cache.take_operations()
+    cache.make_room(1000)
+    assert cache.take_operations() == (Clear(0),)
+
+
+def test_a_place_is_claimed_from_what_is_kept_but_never_from_what_runs() -> None:
+    cache = PrefixCache(1000, 2, Rules(shares=False), lambda _slot: 0, 1)
+    running = cache.open(tokens(100), "", None)
+    cache.append(running, 100)
+    kept = cache.open(tokens(300, 5000), "", None)
+    cache.append(kept, 300)
+    cache.keep(kept)
+    assert cache.claim(700) == kept.slot
+    cache.adopt(kept.slot, tokens(700, 9000), "", n_stored=700)
+    again = cache.find(tokens(800, 9000), "")
+    assert again is not None
+    assert again.n_tokens == 700
+    second = cache.open(tokens(800, 9000), "", again)
+    assert cache.claim(10) is None
+    assert second.running

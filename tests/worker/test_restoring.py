@@ -1,0 +1,71 @@
+"""Conversations that left the KV cache for host memory and come back: answers as of a cold run."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvserve.ipc.messages import Load, Loaded
+from tests.worker.conftest import Workers
+from tests.worker.test_reuse import KINDS, WINDOW, Model, assert_same, some_tokens
+
+pytest.importorskip("gguf")
+
+LONG = 400
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "deepseek2"])
+def model(
+    request: pytest.FixtureRequest,
+    worker_factory: Workers,
+    load_message: Callable[..., Load],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Model]:
+    from tests.models import write_model
+
+    path = tmp_path_factory.mktemp("models") / "model.gguf"
+    write_model(path, request.param, n_layer=4, window=WINDOW, seed=3)
+    peer = worker_factory.start()
+    load = load_message(model_path=str(path), n_ctx=512, n_seq_max=1, cache_ram_bytes=2**26)
+    assert isinstance(peer.load(load), Loaded)
+    yield Model(request.param, peer)
+    peer.process.kill()
+
+
+def test_a_conversation_that_was_pushed_out_is_restored(model: Model) -> None:
+    conversations = [some_tokens(LONG, seed=n) for n in (31, 32, 33)]
+    first = [model.warm(tokens) for tokens in conversations]
+    assert all(answer.end.n_cached_tokens == 0 for answer in first)
+    for tokens, answer in zip(conversations, first, strict=True):
+        longer = [*tokens, *answer.tokens, 9, 8, 7]
+        again = model.warm(longer, n_answer=6)
+        assert again.end.n_cached_tokens == LONG + len(answer.tokens) - 1
+        assert_same(again, model.cold(longer, n_answer=6))
+
+
+def test_nothing_is_restored_for_another_tenant(model: Model) -> None:
+    tokens = some_tokens(LONG, seed=41)
+    answer = model.warm(tokens, cache_salt="mine")
+    model.warm(some_tokens(LONG, seed=42))
+    longer = [*tokens, *answer.tokens, 5]
+    assert model.warm(longer, cache_salt="yours").end.n_cached_tokens == 0
+    assert model.warm(longer, cache_salt="mine").end.n_cached_tokens >= LONG
+
+
+def test_a_preempted_request_goes_on_where_it_was(
+    workers: Workers, load_message: Callable[..., Load], tmp_path
+) -> None:
+    from tests.models import write_model
+
+    path = tmp_path / "model.gguf"
+    write_model(path, "llama", n_layer=4, window=WINDOW, seed=3)
+    peer = workers.start()
+    load = load_message(model_path=str(path), n_ctx=768, n_seq_max=2, cache_ram_bytes=2**26)
+    assert isinstance(peer.load(load), Loaded)
+    model = Model("llama", peer)
+    prompts = [some_tokens(300, seed=n) for n in (51, 52)]
+    answers = peer.finish(*[model.ask(tokens, n_answer=150) for tokens in prompts])
+    assert max(step.n_cells_used for step in peer.steps) <= 768
+    n_prefilled = sum(step.n_prefilled for step in peer.steps)
+    assert 600 < n_prefilled <= 610
+    for tokens, answer in zip(prompts, answers, strict=True):
+        assert_same(answer, model.cold(tokens, n_answer=150))
