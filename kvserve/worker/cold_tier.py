@@ -12,7 +12,6 @@ from kvserve.worker.llama import Context
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.scheduler import Scheduler
 
-
 _LEAST = 64
 _MOST_COPIED = 8
 """A token that need not be decoded again is worth the copy of so many."""
