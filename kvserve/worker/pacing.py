@@ -5,6 +5,7 @@ from kvserve.worker.llama import Batch, Context, LoadError  # isort: skip
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import numpy as np
 
@@ -47,7 +48,8 @@ class Timing:
             emit(Finished(unit))
 
     def _measure(self, context: Context, depth: int) -> tuple[float, float]:
-        """Prefill and decode, tokens/s. The cache holds `depth` tokens before and after."""
+        """Prefill and decode, tokens/s; a step's time is the median, which a moment of other work
+        on the machine does not move. The cache is filled up to `depth` first."""
         n_read = context.n_cached(0)
         if n_read > depth:
             context.clear_slot(0)
@@ -57,15 +59,15 @@ class Timing:
         begun = time.perf_counter()
         self._read(context, n_prefill, depth)
         prefill = n_prefill / (time.perf_counter() - begun)
-        batch = Batch(1)
+        batch, steps = Batch(1), []
         for step in range(_WARM_UP_STEPS + n_decode):
-            if step == _WARM_UP_STEPS:
-                begun = time.perf_counter()
+            begun = time.perf_counter()
             batch.clear()
             batch.add(self._tokens(1, step), depth + n_prefill + step, 0, last=True)
             context.decode(batch)
             context.logits(1)
-        return prefill, n_decode / (time.perf_counter() - begun)
+            steps.append(time.perf_counter() - begun)
+        return prefill, 1 / median(steps[_WARM_UP_STEPS:])
 
     def _read(self, context: Context, n_tokens: int, start: int) -> None:
         if n_tokens > 0:
