@@ -23,6 +23,9 @@ from typing import Any
 
 import httpx
 
+from kvserve.instance import find_instance
+
+PORT = 8765
 TOKENS = 60
 """An answer's length."""
 
@@ -163,7 +166,7 @@ def main() -> int:
     parser.add_argument("--start", nargs=argparse.REMAINDER, default=[], help="for kvserve start")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as state:
-        common = ["--state-dir", state, "--port", "8765"]
+        common = ["--state-dir", state, "--port", str(PORT)]
         command = [sys.executable, "-m", "kvserve"]
         subprocess.run(
             [*command, "start", "--model", args.model, "--ctx", str(args.contexts[0]), "--detach",
@@ -171,9 +174,8 @@ def main() -> int:
             check=True, stdout=sys.stderr,
         )  # fmt: skip
         try:
-            tally, status = asyncio.run(soak("http://127.0.0.1:8765", args))
-            pid = int(json.loads(next(Path(state).glob("*.json")).read_text()).get("pid", 0))
-            left = memory_files(pid)
+            tally, status = asyncio.run(soak(f"http://127.0.0.1:{PORT}", args))
+            left = memory_files(find_instance(Path(state), PORT).pid)
         finally:
             subprocess.run([*command, "stop", *common], check=False, stdout=sys.stderr)
     carried = [r["carry"] for r in status["reloads"] if r["carry"]]
