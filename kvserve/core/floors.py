@@ -4,6 +4,8 @@ A task's floor is a measured threshold where the pair was measured, and a docume
 was not. A measurement overrules every prior.
 """
 
+from dataclasses import replace
+
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.core.loss import REFERENCE_PAIR, Quality
 from kvserve.core.plan import Request, Task
@@ -50,18 +52,17 @@ def floor_of(request: Request) -> tuple[CachePair, str] | None:
     return None
 
 
-def stricter(one: Task | None, other: Task | None) -> Task | None:
-    """The task with the higher floor; None where there is neither."""
-    tasks = [task for task in (one, other) if task is not None]
-    return max(tasks, key=lambda task: _precision(TASK_FLOORS[task]), default=None)
-
-
-def _precision(pair: CachePair) -> tuple[float, float]:
-    return pair.k.precision, pair.v.precision
-
-
 def why_below(pair: CachePair, shape: ModelShape, request: Request, quality: Quality) -> str | None:
     """Why `pair` is too poor for the request; None where it may be chosen."""
+    reason = _why_below(pair, shape, request, quality)
+    if reason is None and request.also is not None:
+        return _why_below(pair, shape, replace(request, task=request.also), quality)
+    return reason
+
+
+def _why_below(
+    pair: CachePair, shape: ModelShape, request: Request, quality: Quality
+) -> str | None:
     if pair == REFERENCE_PAIR:
         return None
     n_ctx = request.n_ctx or shape.n_ctx_train

@@ -32,6 +32,8 @@ class Request:
 
     `max_kld` (nats) and `min_top1` (a share) are floors by measured numbers.
 
+    `task` sets a floor, and so does `also`, the task of a single request.
+
     `n_ctx` is the longest single request in tokens, None the longest that fits. `pair` fixes the
     KV types, `n_ubatch` the micro-batch, `floor` is the worst pair allowed, `reserve_bytes` stays
     free for the rest of the machine (None: 3 % or 256 MiB, whichever is more).
@@ -43,6 +45,7 @@ class Request:
     pair: CachePair | None = None
     floor: CachePair | None = None
     task: Task | None = None
+    also: Task | None = None
     n_gpu_layers: int | None = None
     n_batch: int = 512
     n_ubatch: int | None = None

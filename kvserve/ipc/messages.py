@@ -1,8 +1,8 @@
 """The messages between the daemon and its worker: one struct each, msgpack on the wire.
 
 The daemon sends `ToWorker`, the worker answers `FromWorker`. A request that the daemon sent as
-`Generate` ends in exactly one `Finished` or `Failed` for its id, unless the worker dies or a
-`Pause` comes first.
+`Generate` ends in exactly one `End` (in a `Step`), `Failed` or `NeedsContext` for its id, unless
+the worker dies or a `Pause` comes first.
 """
 
 from typing import Literal
@@ -236,7 +236,8 @@ class Started(Message, frozen=True):
 
 
 class NeedsContext(Message, frozen=True):
-    """A prompt has `n_tokens` tokens and does not fit the context. Ends the request here."""
+    """A prompt of `n_tokens` tokens does not fit the context, or an answer that may grow has filled
+    it with so many. Ends the request in this worker."""
 
     id: int
     n_tokens: int

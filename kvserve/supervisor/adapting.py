@@ -79,6 +79,15 @@ class Adapting:
                 found.append(Hopeless(job, self._facts.n_ctx, remedy))
         return found
 
+    def in_vain(self, parked: Iterable[Job], n_ctx: int | None) -> list[Job]:
+        """The parked requests that wait for a context of `n_ctx` or more, which cannot be had."""
+        return [
+            job
+            for job in parked
+            if job.needs_ctx > self._facts.n_ctx
+            and (n_ctx is None or (self._target(job) or n_ctx) >= n_ctx)
+        ]
+
     def move(self, parked: Iterable[Job], allows: Allows, now: float, *, idle: bool) -> Move | None:
         """The reload that is due: for the parked requests, else back after a time without need
         where the daemon is `idle`. `parked` holds no hopeless ones."""

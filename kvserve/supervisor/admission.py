@@ -144,6 +144,7 @@ class Job:
     n_crashes: int = 0
     n_before_crash: int = 0
     announced: bool = False
+    n_prompt: int = 0
     settled: bool = False
     below_floor: str | None = None
     token_at: float | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvserve.core.growth import Adapt, GrowthPolicy
+from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
 from kvserve.ipc.messages import Load, Loaded, ToWorker
 from kvserve.supervisor.states import Attempt, Worker
@@ -90,13 +91,21 @@ class Policy:
         """The host memory for what leaves the KV cache under a plan, in bytes."""
         if self.cache_bytes is not None:
             return self.cache_bytes
-        return plan.machine.host.free_bytes // 8
+        return min(plan.machine.host.free_bytes // 8, _spare_on_host(plan))
 
     def carry_limit(self, following: Plan) -> int:
         """The host memory for sequences on their way to `following`, in bytes."""
         if self.carry_bytes is not None:
             return self.carry_bytes
-        return following.machine.host.free_bytes // 4
+        return min(following.machine.host.free_bytes // 4, _spare_on_host(following))
+
+
+def _spare_on_host(plan: Plan) -> int:
+    """Half of what a plan leaves of the host's memory beside itself and the reserve."""
+    chosen, host = plan.chosen, plan.machine.host
+    on_cpu = chosen.launch.backend is Backend.CPU
+    left = chosen.headroom_bytes if on_cpu else host.free_bytes - chosen.host_memory.total_bytes
+    return max(0, left // 2)
 
 
 def load_message(attempt: Attempt, policy: Policy) -> Load:

@@ -286,12 +286,7 @@ class Supervisor:
                     self._heard_at = now
                 # Twice the batch: the next prompts are tokenized before a place is free.
                 places = 2 * attempt.plan.chosen.launch.n_parallel
-                terms = Terms(
-                    n_ctx=loaded.n_ctx,
-                    may_grow=grown(loaded.n_ctx + 1, self._policy.growth) is not None,
-                    allows=partial(self._planner.allows, attempt.plan),
-                )
-                self._requests.dispatch(worker, places, terms)
+                self._requests.dispatch(worker, places, self._terms(attempt.plan, loaded.n_ctx))
                 self._kill_if_hung(worker, now)
                 self._adapt(serving, now)
             case Draining() as draining:
@@ -333,12 +328,16 @@ class Supervisor:
             if attempt.replan or not await self._planner.wait_for_room(plan):
                 plan = await self._planner.plan(
                     plan.request.n_ctx,
-                    task=plan.request.task,
+                    task=plan.request.also,
                     n_out_of_memory=attempt.n_out_of_memory,
                 )
             worker = await self._spawner.spawn(plan.chosen.launch)
         except KvserveError as error:
             self.post(NotSpawned(error))
+            return
+        except Exception as error:
+            log.exception("spawning failed")
+            self.post(NotSpawned(WorkerFailed(f"no worker could be started: {error!r}")))
             return
         self.post(Spawned(worker, plan))
         try:
@@ -388,6 +387,8 @@ class Supervisor:
             case Paused(), Draining() as state:
                 self._requests.worker_paused()
                 self._leave(state, adopt(worker.pid, message))
+            case Paused(), Stopping() as state:
+                self._update(replace(state, shutdown_at=self._clock()))
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
 
@@ -396,7 +397,8 @@ class Supervisor:
         self._beside(asyncio.to_thread(state.attempt.carried.close))
         carry = state.attempt.carried.reported(message.carried)
         attempt = replace(state.attempt, carried=NOTHING)
-        self._move(Event.LOADED, Serving(state.worker, attempt, message))
+        in_force = replace(attempt, change=None)
+        self._move(Event.LOADED, Serving(state.worker, in_force, message))
         self._answered_at_load = self._requests.n_answered
         self._beside(self._weigh(state.worker, attempt.plan, message))
         outcome = "done" if attempt.failure is None else "rolled_back"
@@ -457,6 +459,10 @@ class Supervisor:
                 pass
 
     def _on_load_lost(self, state: Loading, exit_: Exit) -> None:
+        if state.failed is None and state.attempt.carried is not NOTHING:
+            # It may be what it was to take in that killed it.
+            state.attempt.carried.close()
+            state = replace(state, attempt=replace(state.attempt, carried=NOTHING))
         failure = load_failure(state, exit_)
         mended = same_plan_differently(state, exit_)
         log.error("load failed", error=failure.message, mended=mended is not None)
@@ -521,6 +527,9 @@ class Supervisor:
             )
         except KvserveError as error:
             result = error
+        except Exception as error:
+            log.exception("planning failed")
+            result = WorkerFailed(f"planning failed: {error!r}")
         self.post(ChangePlanned(change, result))
 
     def _on_change_planned(self, change: Change, result: Plan | KvserveError) -> None:
@@ -582,14 +591,16 @@ class Supervisor:
         """A change came to its end: tell whoever asked for it, or the requests that needed it."""
         if isinstance(result, Plan) and change.reason == "context":
             self._adapting.asked(result.chosen.launch.n_ctx)
+        if isinstance(result, NotReady) and change.reason != "context":
+            return  # the parked requests are looked at again when a worker serves
         if isinstance(result, KvserveError) and change.reason == "grow":
-            for job in list(self._requests.parked.values()):
+            for job in self._adapting.in_vain(list(self._requests.parked.values()), change.n_ctx):
                 self._requests.refuse(job, self._adapting.n_ctx, result.message)
         if change.reason == "task":
             if isinstance(result, KvserveError):
-                self._settle_tasks(result.message)
+                self._settle_tasks(result.message, change.previous)
             elif result.chosen.launch == change.previous.chosen.launch:
-                self._settle_tasks(f"{result.chosen.launch.pair} is fixed")
+                self._settle_tasks(f"{result.chosen.launch.pair} stays the best", result)
         if change.answer is None or change.answer.done():  # nobody asked, or they hung up
             return
         if isinstance(result, KvserveError):
@@ -599,19 +610,28 @@ class Supervisor:
         seconds = self._wall_clock() - change.started_at
         change.answer.set_result(ReloadOutcome(result, changed=changed, seconds=seconds))
 
-    def _settle_tasks(self, why: str) -> None:
-        if self._requests.settle_tasks(why, may_serve=self._policy.serves_below_floor):
+    def _terms(self, plan: Plan, n_ctx: int) -> Terms:
+        return Terms(
+            n_ctx=n_ctx,
+            may_grow=grown(n_ctx + 1, self._policy.growth) is not None,
+            allows=partial(self._planner.allows, plan),
+        )
+
+    def _settle_tasks(self, why: str, plan: Plan) -> None:
+        terms = self._terms(plan, self._adapting.n_ctx)
+        may_serve = self._policy.serves_below_floor
+        if self._requests.settle_tasks(why, terms, may_serve=may_serve):
             self.post(Tick())  # they are in line again
 
     def _adapt(self, state: Serving, now: float) -> None:
         """Move the context or the KV type unasked, as the requests need it."""
         if self._planning:
             return
-        if self._policy.growth.adapt is Adapt.OFF:
-            self._settle_tasks("nothing is changed unasked (adapt is off)")
         requests, adapting = self._requests, self._adapting
         for lost in adapting.hopeless(list(requests.parked.values())):
             requests.refuse(lost.job, lost.n_ctx, lost.remedy)
+        if self._policy.growth.adapt is Adapt.OFF:
+            self._settle_tasks("nothing is changed unasked (adapt is off)", state.attempt.plan)
         idle = not requests.running and not len(requests.line)
         allows = partial(self._planner.allows, state.attempt.plan)
         move = adapting.move(requests.parked.values(), allows, now, idle=idle)
@@ -619,7 +639,7 @@ class Supervisor:
             return
         log.info("context moves", reason=move.reason, task=move.task, to_n_ctx=move.n_ctx)
         self._planning = True
-        change = Change(None, self._wall_clock(), state.attempt.plan, move.reason)
+        change = Change(None, self._wall_clock(), state.attempt.plan, move.reason, move.n_ctx)
         self._beside(self._plan_change(move.n_ctx, change, move.task))
 
     def _returning_bytes(self) -> int:

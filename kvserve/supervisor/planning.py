@@ -8,7 +8,7 @@ from functools import partial
 import structlog
 
 from kvserve.core.findings import NOTHING_FOUND, Findings, likely
-from kvserve.core.floors import stricter, why_below
+from kvserve.core.floors import why_below
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
 from kvserve.core.plan import Launch, Plan, Request, Task
@@ -99,7 +99,7 @@ class MachinePlanner:
         """Whether a plan's KV types are good enough for a task. A floor that the user set by type
         is the last word."""
         launch = plan.chosen.launch
-        request = replace(self._request, n_ctx=launch.n_ctx, task=task)
+        request = replace(self._request, n_ctx=launch.n_ctx, also=task)
         return why_below(launch.pair, self._shape, request, self._quality) is None
 
     def decide(
@@ -160,7 +160,7 @@ class MachinePlanner:
         task: Task | None,
         findings: Findings,
     ) -> Plan:
-        request = replace(self._request, n_ctx=n_ctx, task=stricter(self._request.task, task))
+        request = replace(self._request, n_ctx=n_ctx, also=task)
         machine = _with_returned(machine, request, returning_bytes)
         if n_out_of_memory:
             free = sum(gpu.free_bytes for gpu in machine.gpus) or machine.host.free_bytes

@@ -119,11 +119,12 @@ class ProcessSpawner:
         """Start a worker for a launch. Raises WorkerFailed where the system refuses."""
         environment = worker_environment(launch)
         async with self._lock:
-            if self._ahead is not None and self._ahead[0] == environment:
-                _, worker = self._ahead
+            if self._ahead is not None:
+                fits, worker = self._ahead[0] == environment, self._ahead[1]
                 self._ahead = None
-                if worker.alive:
+                if fits and worker.alive:
                     return worker
+                worker.kill()
                 await worker.wait()
             return await self._start(environment)
 
@@ -137,7 +138,10 @@ class ProcessSpawner:
                 await worker.wait()
 
     async def _start(self, environment: dict[str, str]) -> ProcessWorker:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerFailed(f"no worker process could be started: {error}") from error
         try:
             with self._open_log() as log:
                 log_from = log.tell()

@@ -127,6 +127,7 @@ class Requests:
         job = self.running.get(message.id)
         if job is not None and not job.announced:
             job.announced = True
+            job.n_prompt = message.n_prompt_tokens
             job.ticket.put(
                 Served(
                     n_prompt_tokens=message.n_prompt_tokens,
@@ -186,9 +187,12 @@ class Requests:
         """Fail a parked request: no context that may be had can hold it. An answer that began
         ends where the context does instead, with the reason `length`."""
         self.parked.pop(job.id, None)
-        if job.tokens:
+        if job.tokens and not job.settled:
             job.settled = True
             self.line.put_back([job])
+            return
+        if job.tokens:  # not even its prompt fits any more: what there is, is the answer
+            self._complete_parked(job)
             return
         self._fail(
             job,
@@ -199,10 +203,21 @@ class Requests:
             ),
         )
 
-    def settle_tasks(self, why: str, *, may_serve: bool) -> bool:
-        """No better KV types can be had for the parked requests with a task: they are served with
-        a warning, or fail. Returns whether there were any."""
-        waiting = [job for job in self.parked.values() if job.spec.task is not None]
+    def _complete_parked(self, job: Job) -> None:
+        self.running[job.id] = job
+        self._complete(End(job.id, "length", job.n_prompt, len(job.tokens), 0))
+
+    def settle_tasks(self, why: str, terms: Terms, *, may_serve: bool) -> bool:
+        """No better KV types than those of `terms` can be had: the requests that were parked for
+        their task alone are served with a warning, or fail. Returns whether any is in line again.
+        """
+        waiting = [
+            job
+            for job in self.parked.values()
+            if job.needs_ctx <= terms.n_ctx
+            and job.spec.task is not None
+            and not terms.allows(job.spec.task)
+        ]
         for job in waiting:
             del self.parked[job.id]
             reason = f"no plan has KV types good enough for the task {job.spec.task}: {why}"
@@ -211,7 +226,7 @@ class Requests:
                 self.line.put_back([job])
             else:
                 self._fail(job, BelowFloor(reason, param="kvserve.task"))
-        return bool(waiting)
+        return may_serve and bool(waiting)
 
     def worker_paused(self) -> None:
         """Everything that ran goes back to the front of the line."""

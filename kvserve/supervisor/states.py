@@ -75,12 +75,13 @@ class Worker(Protocol):
 @dataclass(frozen=True, slots=True)
 class Change:
     """A change of context under way: who waits for it (None: nobody, a request needed it), since
-    when, what it replaces, and why."""
+    when, what it replaces, why, and the context that was asked for (None: the longest)."""
 
     answer: asyncio.Future[ReloadOutcome] | None
     started_at: float
     previous: Plan
     reason: str = "context"
+    n_ctx: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,8 +188,13 @@ class Incoming:
         self._refused: list[str] = []
         self._states: list[ExportedState] = []
         self._opened = [state for path in paths if (state := self._open(path)) is not None]
+        self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._transcode, name="transcode", daemon=True)
         self._thread.start()
+
+    def abandon(self) -> None:
+        """Nobody will import them: stop, and give their memory back. Returns at once."""
+        self._abandoned.set()
 
     def import_into(
         self, context: Context, ids: Sequence[int]
@@ -228,6 +233,9 @@ class Incoming:
 
     def _transcode(self) -> None:
         for state in self._opened:
+            if self._abandoned.is_set():
+                state.close()
+                continue
             try:
                 target = forecast(state.layout, self._pair)
                 if target == state.layout:
@@ -237,6 +245,9 @@ class Incoming:
             except (CannotCarry, OSError, ValueError) as error:
                 self._refused.append(str(error))
             state.close()
+        if self._abandoned.is_set():
+            for state in self._states:
+                state.close()
 
     def _import(
         self, context: Context, slot: int, state: ExportedState, arrived: list[Arrived]

@@ -55,13 +55,14 @@ class ColdStore:
         return tuple(reversed(self._stored))
 
     def put(self, stored: Stored) -> None:
-        """Keep a sequence; those that are the beginning of it, and the oldest, go."""
+        """Keep a sequence. What it makes superfluous goes, and the oldest if there is no room."""
         if stored.state.n_bytes > self.limit_bytes:
             stored.state.close()
             return
         for other in list(self._stored):
-            n_both = n_common(other.tokens, stored.tokens)
-            if other.salt == stored.salt and n_both == len(other.tokens):
+            begins = n_common(other.tokens, stored.tokens) == len(other.tokens)
+            replaced = begins and (not self._whole or len(other.tokens) == len(stored.tokens))
+            if other.salt == stored.salt and replaced:
                 self._drop(other)
         while self.n_bytes + stored.state.n_bytes > self.limit_bytes:
             self._drop(next(iter(self._stored)))
@@ -82,15 +83,11 @@ class ColdStore:
                 best = stored, n_both
         return best
 
-    def touch(self, stored: Stored) -> None:
-        """It was used."""
-        self._stored.move_to_end(stored)
-
-    def drop(self, stored: Stored) -> None:
-        """Forget one that proved to be of no use."""
-        self._drop(stored)
-
-    def _drop(self, stored: Stored) -> None:
+    def take(self, stored: Stored) -> None:
+        """Hand one over: it is the caller's to `put` back or to close."""
         del self._stored[stored]
         self.n_bytes -= stored.state.n_bytes
+
+    def _drop(self, stored: Stored) -> None:
+        self.take(stored)
         stored.state.close()

@@ -69,18 +69,22 @@ class ColdTier:
     def _bring_back(self, stored: Stored, n_tokens: int) -> bool:
         context, cache = self._context, self._cache
         n_stored = len(stored.tokens)
+        self.store.take(stored)  # or what is stored to make room may push it out
         slot = cache.claim(n_stored)
         self._change(cache.take_operations())
-        if slot is None or not isinstance(stored.state, ExportedState):
+        if slot is None:
+            self.store.put(stored)
             return False
+        assert isinstance(stored.state, ExportedState)
         try:
             import_sequence(context, slot, stored.state)
-        except CannotCarry as error:
+        except (CannotCarry, OSError, ValueError) as error:
             print(f"not restored: {error}", file=sys.stderr, flush=True)
-            self.store.drop(stored)
+            context.clear_slot(slot)
+            stored.state.close()
             return False
         if n_tokens < n_stored:
             context.cut_slot(slot, n_tokens)
         cache.adopt(slot, stored.tokens[:n_tokens], stored.salt, n_stored=n_tokens)
-        self.store.touch(stored)
+        self.store.put(stored)
         return True

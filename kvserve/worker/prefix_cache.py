@@ -16,6 +16,7 @@ from kvserve.worker.worth import Worth
 
 _SHORTEST = 16
 """Fewer tokens are not worth the walk over all cells that sharing takes."""
+_NO_ID = -1
 _EVICTED_SHARE = 64
 """At least a 64th of all cells is given up at a time, lest a running request ask at every step."""
 
@@ -119,9 +120,12 @@ class PrefixCache:
             self._touch(source)
         if reuse.takes:
             return self._take_over(reuse, tokens)
-        slot = self._take_slot()
-        self._operations.append(Copy(source.slot, slot, reuse.n_tokens))
-        return self._tree.open(slot, tokens, salt, reuse.match)
+        # In the tree before it has an id: to find one, others may have to leave, and the branch
+        # that matched would be joined with another.
+        sequence = self._tree.open(_NO_ID, tokens, salt, reuse.match)
+        sequence.slot = self._take_slot()
+        self._operations.append(Copy(source.slot, sequence.slot, reuse.n_tokens))
+        return sequence
 
     def append(self, sequence: CachedSequence, n_tokens: int) -> None:
         """A decode filled cells for the next `n_tokens` tokens of a running sequence."""
@@ -224,6 +228,7 @@ class PrefixCache:
         if reuse.n_tokens < sequence.n_cells:
             self._operations.append(Cut(sequence.slot, reuse.n_tokens))
             self._tree.cut(sequence, reuse.n_tokens)
+        sequence.n_stored = min(sequence.n_stored, sequence.n_cells)
         self._tree.resume(sequence, tokens)
         if sequence.slot >= self._n_slots:
             self._move(sequence, self._take_slot())

@@ -107,7 +107,8 @@ class Preparer:
         if n_tokens + 1 > self._n_ctx:
             return Refused(request.id, NeedsContext(request.id, n_tokens))
         end = max(self._n_ctx, self._n_ctx_train) if request.may_grow else self._n_ctx
-        room = end - len(prompt)
+        # What was delivered already is the answer's, also where it is longer than the room.
+        room = max(end - len(prompt), len(request.resume))
         limits = Limits(
             max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
             min_tokens=request.min_tokens,

@@ -91,17 +91,8 @@ class Generation:
         `piece` is the token's text, `ends` whether the model ends its answer with this token.
         Sets `finish` with the last token; the text returned with it is the rest of the answer.
         """
-        self._tokens[self.n_tokens] = token
-        self.n_tokens += 1
-        if ends and not self.limits.ignore_eos:
-            return self._close("stop")
-        text, found = self._match(self._utf8.push(piece))
-        if found is not None:
-            self.finish = Finish("stop", found)
-            return text
-        if self.n_generated >= self.limits.max_tokens:
-            return text + self._close("length")
-        return text
+        text, rest = self._take(token, piece, ends=ends)
+        return text + rest
 
     def end(self) -> str:
         """End a generation that nothing else ended, as if the model had; returns the rest."""
@@ -115,12 +106,26 @@ class Generation:
         That is nothing, unless the tokens already end the answer: then it is what was held back.
         Tokens after the end are dropped.
         """
-        text = ""
+        rest = ""
         for token in tokens:
             if self.finish is not None:
                 break
-            text = self.accept(token, piece(token), ends=ends(token))
-        return text if self.finish is not None else ""
+            _, rest = self._take(token, piece(token), ends=ends(token))
+        return rest
+
+    def _take(self, token: int, piece: bytes, *, ends: bool) -> tuple[str, str]:
+        """The text that a token brings, and what was held back and comes with the end."""
+        self._tokens[self.n_tokens] = token
+        self.n_tokens += 1
+        if ends and not self.limits.ignore_eos:
+            return "", self._close("stop")
+        text, found = self._match(self._utf8.push(piece))
+        if found is not None:
+            self.finish = Finish("stop", found)
+            return text, ""
+        if self.n_generated >= self.limits.max_tokens:
+            return text, self._close("length")
+        return text, ""
 
     def _match(self, text: str) -> tuple[str, str | None]:
         if self.n_generated <= self.limits.min_tokens:

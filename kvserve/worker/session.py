@@ -74,6 +74,8 @@ def _wait_for_load(inbox: Inbox) -> tuple[Load, Incoming | None]:
             begun, incoming = message, _incoming(message)
         elif isinstance(message, Load):
             if begun != Transcode(message.carried, message.type_k, message.type_v):
+                if incoming is not None:
+                    incoming.abandon()
                 incoming = _incoming(message)
             return message, incoming
         else:

@@ -10,7 +10,7 @@ from kvserve.core.floors import why_below
 from kvserve.core.loss import NOTHING_MEASURED
 from kvserve.core.plan import Launch, Plan, Request, Task
 from kvserve.core.selector import select
-from kvserve.errors import KvserveError, WorkerFailed
+from kvserve.errors import DoesNotFit, KvserveError, WorkerFailed
 from kvserve.ipc.messages import (
     Cancel,
     ChatPrompt,
@@ -125,7 +125,10 @@ class FakePlanner:
     def __init__(self) -> None:
         self.vram_gib = VRAM_GIB
         self.room = True
-        self.error: KvserveError | None = None
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.longest = 2**20
         self.out_of_memory: list[int] = []
         self.returning: list[int] = []
         self.measured = Measured(MemoryReport(), device_bytes=1000, returning_bytes=1000)
@@ -140,9 +143,12 @@ class FakePlanner:
     ) -> Plan:
         self.returning.append(returning_bytes)
         self.out_of_memory.append(n_out_of_memory)
+        await self.gate.wait()
         if self.error is not None:
             raise self.error
-        request = Request(n_ctx=n_ctx, task=task)
+        if n_ctx is not None and n_ctx > self.longest:
+            raise DoesNotFit(f"{n_ctx} is too much", needed_bytes=2, free_bytes=1)
+        request = Request(n_ctx=n_ctx, also=task)
         return select(llama3_8b(), machine(self.vram_gib), request)
 
     def allows(self, plan: Plan, task: Task) -> bool:

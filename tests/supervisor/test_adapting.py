@@ -8,7 +8,7 @@ import pytest
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.lifecycle import Phase
 from kvserve.core.plan import Task
-from kvserve.errors import BelowFloor, ContextLengthExceeded, DoesNotFit
+from kvserve.errors import BelowFloor, ContextLengthExceeded, DoesNotFit, WorkerFailed
 from kvserve.ipc.messages import LoadFailed, NeedsContext
 from tests.supervisor.stage import SPEC, FakeWorker, Generate, Stage, play
 
@@ -349,6 +349,92 @@ def test_types_that_were_changed_for_requests_are_left_for_a_while() -> None:
         last = await turn_over(stage, new)
         assert (last.launch.n_ctx, str(last.launch.pair)) == (16384, "f16:f16")
         assert [g.id for g in last.of_kind(Generate)] == [exact.id]
+        await stage.end()
+
+    play(story)
+
+
+def test_a_long_prompt_with_a_task_is_refused_where_nothing_may_change() -> None:
+    """It lacks context, whatever its task: once it made the loop spin."""
+
+    async def story() -> None:
+        stage = Stage(growth=replace(GROW, adapt=Adapt.OFF))
+        await stage.serving()
+        caller = await stage.submit(replace(SPEC, task=Task.CHAT, min_ctx=20000))
+        await stage.settle()
+        assert isinstance(caller.error, ContextLengthExceeded)
+        await stage.end()
+
+    play(story)
+
+
+def test_an_answer_whose_prompt_fits_no_more_ends_with_what_there_is() -> None:
+    async def story() -> None:
+        stage = Stage(growth=replace(GROW, adapt=Adapt.OFF))
+        worker = await stage.serving()
+        caller = await stage.submit(replace(SPEC, max_tokens=None))
+        worker.started(caller.id)
+        worker.answer(caller.id, 1, 2, 3)
+        for _ in range(2):
+            worker.say(NeedsContext(id=caller.id, n_tokens=20000))
+            await stage.settle()
+            await stage.pass_time(1)
+        assert caller.done is not None
+        assert (caller.done.reason, caller.done.n_generated_tokens) == ("length", 3)
+        await stage.end()
+
+    play(story)
+
+
+def test_a_worker_lost_while_growth_is_planned_does_not_fail_the_request() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        caller = await stage.submit()
+        stage.planner.gate.clear()
+        old.say(NeedsContext(id=caller.id, n_tokens=20000))
+        await stage.settle()
+        old.die(-9)
+        await stage.settle()
+        stage.planner.gate.set()
+        await stage.settle()
+        assert caller.error is None
+        await stage.pass_time(5)
+        stage.worker.load()
+        await stage.settle()
+        new = await turn_over(stage, stage.worker)
+        assert [g.id for g in new.of_kind(Generate)] == [caller.id]
+        await stage.end()
+
+    play(story)
+
+
+def test_a_request_that_no_plan_can_hold_does_not_take_others_down() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        old = await stage.serving()
+        huge, long = await stage.submit(), await stage.submit()
+        stage.planner.longest = 32768
+        old.say(NeedsContext(id=huge.id, n_tokens=60000), NeedsContext(id=long.id, n_tokens=20000))
+        new = await turn_over(stage, old)
+        assert isinstance(huge.error, ContextLengthExceeded)
+        assert [g.id for g in new.of_kind(Generate)] == [long.id]
+        await stage.end()
+
+    play(story)
+
+
+def test_planning_that_breaks_down_is_told_and_tried_again() -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        await stage.serving()
+        stage.planner.error = ZeroDivisionError()
+        with pytest.raises(WorkerFailed, match="ZeroDivisionError"):
+            await asyncio.wait_for(stage.supervisor.change_context(32768), 5)
+        stage.planner.error = None
+        change = asyncio.create_task(stage.supervisor.change_context(32768))
+        await turn_over(stage, stage.worker)
+        assert (await change).changed
         await stage.end()
 
     play(story)

@@ -232,6 +232,7 @@ def test_a_worker_started_ahead_is_the_next_one_and_none_is_left_behind(tmp_path
         assert worker.pid != other.pid
         await spawner.spawn_ahead(cpu)
         elsewhere = await spawner.spawn(gpu)
+        await spawner.spawn_ahead(gpu)
         before = children()
         await spawner.close()
         (left,) = before - children()

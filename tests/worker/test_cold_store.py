@@ -55,7 +55,8 @@ def test_the_bytes_are_bounded_and_the_oldest_go_first() -> None:
     every = [stored(300, first=1000 * n) for n in range(5)]
     for one in every[:3]:
         store.put(one)
-    store.touch(every[0])
+    store.take(every[0])
+    store.put(every[0])
     for one in every[3:]:
         store.put(one)
     assert [one.state.closed for one in every] == [False, True, True, False, False]
@@ -125,3 +126,45 @@ def test_a_place_is_claimed_from_what_is_kept_but_never_from_what_runs() -> None
     second = cache.open(tokens(800, 9000), "", again)
     assert cache.claim(10) is None
     assert second.running
+
+
+def test_one_that_is_taken_is_not_closed_by_those_that_come_meanwhile() -> None:
+    store = ColdStore(20, whole=False)
+    first = stored(300)
+    store.put(first)
+    store.take(first)
+    for n in range(1, 4):
+        store.put(stored(300, first=1000 * n))
+    assert not first.state.closed
+    store.put(first)
+    assert not first.state.closed
+    assert (len(store), store.n_bytes) == (2, 20)
+
+
+def test_a_shared_beginning_survives_that_the_id_for_a_third_is_taken_from_one_of_its_two() -> None:
+    """Two kept sequences share a beginning, every id is taken, and a third request begins alike."""
+    cache = PrefixCache(10_000, 2, Rules(n_spare=1), lambda _slot: 0, 1)
+    texts = [np.concatenate([tokens(100), tokens(50, 1000 * n)]) for n in (1, 2)]
+    for text in texts:
+        reuse = cache.find(text, "")
+        sequence = cache.open(text, "", reuse)
+        cache.append(sequence, len(text) - sequence.n_cells)
+        cache.keep(sequence)
+    other = cache.open(tokens(40, 7000), "", None)
+    cache.append(other, 40)
+    cache.take_operations()
+    third = np.concatenate([tokens(100), tokens(30, 9000)])
+    reuse = cache.find(third, "")
+    assert reuse is not None
+    sequence = cache.open(third, "", reuse)
+    cache.append(sequence, len(third) - sequence.n_cells)
+    assert cache.n_pinned == 130 + 40
+    again = cache.find(np.append(third, 1).astype(np.int32), "")
+    assert again is not None
+    assert again.n_tokens == 130
+    cache.make_room(10_000 - 170)
+    cache.keep(sequence)
+    cache.keep(other)
+    while cache.evict_oldest():
+        pass
+    assert (cache.n_pinned, cache.n_kept) == (0, 0)

@@ -114,3 +114,15 @@ def test_resumed_tokens_that_already_end_the_answer_give_the_late_text() -> None
     generation = start(max_tokens=2, stop=("two four",))
     assert generation.replay([2, 3], PIECES.__getitem__, EOS.__eq__).endswith("\ufffd")
     assert generation.finish == Finish("length")
+
+
+def test_a_replay_that_a_smaller_limit_ends_repeats_nothing() -> None:
+    pieces = {1: b"Hello", 2: b" wor", 3: b"ld"}
+    told = Generation(np.array([7], dtype=np.int32), Limits(max_tokens=10, stop=("ldx",)))
+    shown = "".join(told.accept(token, pieces[token], ends=False) for token in (1, 2, 3))
+    assert shown == "Hello wor"
+    again = Generation(np.array([7], dtype=np.int32), Limits(max_tokens=3, stop=("ldx",)))
+    late = again.replay((1, 2, 3), pieces.__getitem__, lambda _token: False)
+    assert again.finish is not None
+    assert again.finish.reason == "length"
+    assert shown + late == "Hello world"

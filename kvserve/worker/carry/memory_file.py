@@ -8,12 +8,13 @@ not sealed.
 """
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -223,13 +224,21 @@ def _populate(file: Bytes) -> None:
     n_pieces = min(len(os.sched_getaffinity(0)), len(file) // _PIECE_BYTES)
     if n_pieces < 2:
         return
-    madvise = ctypes.CDLL(None).madvise
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def populate(begin: int, length: int) -> int:
+        status = madvise(file.ctypes.data + begin, length, _MADV_POPULATE_WRITE)
+        return ctypes.get_errno() if status else 0
+
+    pieces: list[Future[int]] = []
     size = -(-len(file) // n_pieces // mmap.PAGESIZE) * mmap.PAGESIZE
     with ThreadPoolExecutor(n_pieces, "populate") as pool:
         for begin in range(0, len(file), size):
             length = min(size, len(file) - begin)
-            pool.submit(madvise, file.ctypes.data + begin, length, _MADV_POPULATE_WRITE)
+            pieces.append(pool.submit(populate, begin, length))
+    if errno.ENOMEM in [piece.result() for piece in pieces]:
+        raise OSError(errno.ENOMEM, "no memory for a sequence")
 
 
 def _read_contents(fd: int) -> Contents:

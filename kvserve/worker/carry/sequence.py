@@ -1,5 +1,7 @@
 """A sequence out of one context, and into another. On the thread that decodes."""
 
+import os
+
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.worker.carry.canary import divergence, divergence_limit, next_distribution
 from kvserve.worker.carry.layout import StateLayout
@@ -37,16 +39,12 @@ def export_sequence(
     Raises CannotCarry: MEMORY_CLASS, EMPTY, EXPORT or MALFORMED. Raises OSError where the kernel
     gives no memory, CacheFull or DecodeError where the canary cannot be decoded.
     """
-    layout = context.state_layout
-    if layout is None:
-        raise CannotCarry(Reason.MEMORY_CLASS, "the state of this model's memory is not known")
-    n_cached = context.n_cached(slot)
-    if n_cached == 0:
-        raise CannotCarry(Reason.EMPTY, "the sequence holds no tokens")
-    if len(salt) > LONGEST_SALT:
-        raise CannotCarry(Reason.EXPORT, f"a cache salt of {len(salt)} characters")
-    if len(tokens) - n_cached not in (0, 1):
-        raise CannotCarry(Reason.EXPORT, f"{n_cached} tokens in the cache, and {len(tokens)} told")
+    try:
+        layout, n_cached = _exportable(context, slot, tokens, salt)
+    except CannotCarry:
+        if blank is not None:
+            os.close(blank)
+        raise
     n_bytes = context.state_bytes(slot)
     gap = 4 * n_cached if slot >= context.n_seq_max else 0
 
@@ -65,6 +63,21 @@ def export_sequence(
         _origin(context), layout, gap + n_bytes, n_cached, len(tokens), n_vocab, salt
     )
     return write_state(contents, tokens, fill, blank)
+
+
+def _exportable(context: Context, slot: int, tokens: Tokens, salt: str) -> tuple[StateLayout, int]:
+    """The layout of a sequence, and its tokens in the cache. Raises CannotCarry."""
+    layout = context.state_layout
+    if layout is None:
+        raise CannotCarry(Reason.MEMORY_CLASS, "the state of this model's memory is not known")
+    n_cached = context.n_cached(slot)
+    if n_cached == 0:
+        raise CannotCarry(Reason.EMPTY, "the sequence holds no tokens")
+    if len(salt) > LONGEST_SALT:
+        raise CannotCarry(Reason.EXPORT, f"a cache salt of {len(salt)} characters")
+    if len(tokens) - n_cached not in (0, 1):
+        raise CannotCarry(Reason.EXPORT, f"{n_cached} tokens in the cache, and {len(tokens)} told")
+    return layout, n_cached
 
 
 def import_sequence(context: Context, slot: int, state: ExportedState) -> None:
