@@ -74,13 +74,22 @@ def make_state_dir(state_dir: Path) -> None:
 
 
 def write_instance(paths: InstancePaths, instance: Instance) -> None:
-    """Leave the record, whole or not at all."""
+    """Leave the record, whole or not at all. Raises UsageError where the disk takes none."""
     fresh = paths.record.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(instance), file)
-    fresh.replace(paths.record)
+    try:
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(instance), file)
+        fresh.replace(paths.record)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise UsageError(
+            f"--state-dir {paths.record.parent} cannot be written to ({error.strerror}): make room "
+            "there, or name another directory",
+            param="state_dir",
+        ) from error
 
 
 def remove_instance(paths: InstancePaths, pid: int) -> None:

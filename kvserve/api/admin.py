@@ -58,6 +58,8 @@ def health_router(service: Service, config: ApiConfig) -> APIRouter:
     async def live() -> dict[str, str]:
         return {"status": "ok"}
 
+    @router.head("", include_in_schema=False)
+    @router.head("/ready", include_in_schema=False)
     @router.get("")
     @router.get("/ready")
     async def ready() -> Response:

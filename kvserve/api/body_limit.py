@@ -25,11 +25,16 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "")
-        too_long = announced.isdecimal() and int(announced[:20]) > self._max_bytes
+        n_announced = int(announced[:20]) if announced.isdecimal() else 0
+        too_long = n_announced > self._max_bytes
+        # What is read to its end gets an answer from every client; this much is not read.
+        hopeless = n_announced > _DRAINED * self._max_bytes
         n_bytes = 0
 
         async def limited_receive() -> Message:
             nonlocal n_bytes
+            if hopeless:
+                raise self._refusal()
             message = await receive()
             n_bytes += len(message.get("body", b""))
             if too_long or n_bytes > self._max_bytes:

@@ -30,7 +30,7 @@ class ApiConfig:
     admin_keys: tuple[str, ...] = ()
     admin_token: str | None = None
     local_only: bool = True
-    max_body_bytes: int = 64 * MIB
+    max_body_bytes: int = 16 * MIB
     ping_seconds: float = 5.0
     clock: Callable[[], float] = time.time
 

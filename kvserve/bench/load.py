@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import httpx
 
+from kvserve.errors import WorkerFailed
+
 _TEXT = (
     "river stone cloud green apple zebra house light water paper glass north music table "
     "winter summer garden window silver copper engine planet letter number forest island "
@@ -97,6 +99,8 @@ async def run(url: str, load: Load, *, model: str = "default", api_key: str = "n
             for index in range(load.streams):
                 group.create_task(stream(index))
         seconds = time.perf_counter() - began
+    if not answers:
+        raise WorkerFailed(f"no request was answered: {failures[0] if failures else 'none came'}")
     return summarize(load, answers, len(failures), seconds)
 
 

@@ -1,6 +1,8 @@
 """`kvserve plan`: the decision, without starting anything."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from kvserve.core.plan import Plan
 from kvserve.core.selector import select
 from kvserve.core.shape import ModelShape
 from kvserve.device.host import read_host
-from kvserve.settings import Settings, load_settings
+from kvserve.settings import Settings, environment_warnings, load_settings
 from kvserve.supervisor.preparing import prepare
 from kvserve.supervisor.profiles import NOTHING_KNOWN
 
@@ -25,6 +27,8 @@ def show_plan(
     """Print what `start` would choose here, or on a GPU with `--vram-free` bytes free. With
     `confirm` llama.cpp lays the candidates out first, as `start` has it do."""
     settings = load_settings(flags, config=config)
+    for warning in environment_warnings(os.environ):
+        print(f"note     {warning}", file=sys.stderr)
     model = open_model(settings)
     known = NOTHING_KNOWN
     if settings.vram_free is not None:

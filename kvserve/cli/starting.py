@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
+import platformdirs
 import typer
 
 from kvserve.cli.models import open_model
@@ -156,9 +158,10 @@ def _start_here(settings: Settings, teller: Teller) -> None:
 def _ready_text(prepared: Prepared, listening: Listening, status: Status) -> str:
     instance = listening.instance
     launch = prepared.plan.chosen.launch
+    key = '-H "Authorization: Bearer $KVSERVE_API_KEY" ' if prepared.settings.api_keys else ""
     lines = [
         f"serving  {instance.model} at {instance.url}/v1, {launch.n_ctx} tokens of {launch.pair}",
-        f"ask      curl {instance.url}/v1/completions -H 'Content-Type: application/json' "
+        f"ask      curl {instance.url}/v1/completions {key}-H 'Content-Type: application/json' "
         '-d \'{"prompt": "The capital of France is", "max_tokens": 16}\'',
     ]
     if status.template and status.template != "model":
@@ -184,8 +187,10 @@ def _start_detached(settings: Settings) -> None:
     terminal = TerminalTeller(sys.stdout)
     with os.fdopen(read_end) as story:
         if _retell(story, terminal.say):
-            port = f" --port {settings.port}" if settings.port != DEFAULT_PORT else ""
-            commands = ", ".join(f"`kvserve {name}{port}`" for name in ("status", "logs", "stop"))
+            where = f" --port {settings.port}" if settings.port != DEFAULT_PORT else ""
+            if settings.state_dir != platformdirs.user_state_path("kvserve"):
+                where += f" --state-dir {shlex.quote(str(settings.state_dir))}"
+            commands = ", ".join(f"`kvserve {name}{where}`" for name in ("status", "logs", "stop"))
             print(f"detached pid {child.pid}; {commands}")
             return
     code = child.wait()

@@ -159,6 +159,8 @@ def _device(
         raise UsageError(f"--device cuda: {missing}; use --device cpu or auto", param="device")
     host_free = reserved(machine.host.free_bytes)
     on_gpu = can_gpu and request.backend is not Backend.CPU and request.n_gpu_layers != 0
+    if on_gpu and request.backend is None and request.n_gpu_layers is None:
+        on_gpu = _has_room_for_a_layer(shape, machine, overheads)
     if not on_gpu:
         prior = overheads or CPU_OVERHEADS
         return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
@@ -176,6 +178,14 @@ def _device(
         tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
         findings=findings,
     )
+
+
+def _has_room_for_a_layer(shape: ModelShape, machine: Machine, overheads: Overheads | None) -> bool:
+    """Whether the GPUs have more free memory than a process costs them and one layer takes."""
+    costs = overheads or prior_overheads(machine.gpus[0].compute_capability, shape)
+    layer = min((layer.weights_bytes for layer in shape.layers), default=0)
+    needed = len(machine.gpus) * costs.gpu_bytes + layer
+    return sum(gpu.free_bytes for gpu in machine.gpus) > needed
 
 
 def _pairs(shape: ModelShape, request: Request) -> tuple[CachePair, ...]:

@@ -140,7 +140,11 @@ class Supervisor:
         now = self._clock()
         limit = self._policy.request_timeout
         deadline = None if limit is None else now + limit
-        self.post(Submitted(Job(ticket.id, spec, ticket, submitted_at=now, deadline=deadline)))
+        if self.stopped.done():
+            ticket.put(NotReady("the server is shutting down"))
+        else:
+            job = Job(ticket.id, spec, ticket, submitted_at=now, deadline=deadline)
+            self.post(Submitted(job))
         return ticket
 
     def listen(self) -> AbstractContextManager[Listener]:
@@ -153,6 +157,8 @@ class Supervisor:
 
     async def change_context(self, n_ctx: int | None) -> ReloadOutcome:
         """Plan for another context, and reload where the plan differs."""
+        if self.stopped.done():
+            raise NotReady("the server is shutting down")
         answer: asyncio.Future[ReloadOutcome] = asyncio.get_running_loop().create_future()
         self.post(ChangeAsked(n_ctx, answer))
         return await answer
@@ -213,6 +219,19 @@ class Supervisor:
             await self._spawner.close()
             if not self.stopped.done():
                 self.stopped.set_result(None)
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Whoever came while the loop ended is answered too."""
+        error = NotReady("the server is shutting down")
+        while not self._events.empty():
+            match self._events.get_nowait():
+                case Submitted(job):
+                    job.ticket.put(error)
+                case ChangeAsked(_, answer) if not answer.done():
+                    answer.set_exception(error)
+                case _:
+                    pass
 
     def handle(self, event: SupervisorEvent) -> None:
         """Take one event to its consequences; events of a worker that was replaced are void."""

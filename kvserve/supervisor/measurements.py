@@ -52,8 +52,11 @@ class Measurements:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._path.with_suffix(".new")
-            fresh.write_bytes(msgspec.json.encode(kept))
-            fresh.replace(self._path)
+            try:
+                fresh.write_bytes(msgspec.json.encode(kept))
+                fresh.replace(self._path)
+            finally:
+                fresh.unlink(missing_ok=True)
 
     def _file(self) -> _File:
         try:

@@ -112,6 +112,14 @@ class ChatRenderer:
         }
 
     def _ask(self, job: Render) -> Answer:
+        """Ask the process; one that is gone is replaced, and the new one asked once more."""
+        answer = self._ask_once(job) or self._ask_once(job)
+        if answer is None:
+            raise self._refusal("its process ended twice")
+        return answer
+
+    def _ask_once(self, job: Render) -> Answer | None:
+        """The answer; None where the process is gone. Raises InvalidRequest where it is late."""
         if self._sock is None:
             self.start()
         sock = self._sock
@@ -129,7 +137,7 @@ class ChatRenderer:
         except (OSError, ValueError, msgspec.MsgspecError):
             pass
         self.close()
-        raise self._refusal("its process ended")
+        return None
 
     def _refusal(self, problem: str) -> InvalidRequest:
         name = self._template.name

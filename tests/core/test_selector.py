@@ -297,3 +297,11 @@ def test_layers_that_do_not_fit_are_answered_with_fewer_layers() -> None:
     request = Request(n_ctx=8192, n_gpu_layers=33, pair=parse_pair("f16"))
     with pytest.raises(DoesNotFit, match="fewer --gpu-layers than 33, or auto"):
         select(llama3_8b(), machine(3.0), request)
+
+
+def test_a_gpu_too_full_for_a_single_layer_is_left_alone() -> None:
+    plan = select(llama3_8b(), machine(0.5), Request(n_ctx=None))
+    assert plan.chosen.launch.backend is Backend.CPU
+    assert (pair_of(plan), plan.chosen.launch.n_ctx) == ("f16:f16", 131072)
+    asked = Request(n_ctx=8192, backend=Backend.CUDA)
+    assert select(llama3_8b(), machine(2.0), asked).chosen.launch.backend is Backend.CUDA

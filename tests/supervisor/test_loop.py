@@ -590,3 +590,16 @@ def test_a_stop_ends_at_any_moment(moment: str) -> None:
                 await change
 
     play(story)
+
+
+def test_whoever_comes_after_the_end_is_answered_at_once() -> None:
+    async def story() -> None:
+        stage = Stage()
+        await stage.serving()
+        await stage.end()
+        caller = await stage.submit()
+        assert isinstance(caller.error, NotReady)
+        with pytest.raises(NotReady):
+            await stage.supervisor.change_context(8192)
+
+    play(story)

@@ -153,8 +153,13 @@ def test_a_process_that_died_is_started_again(renderer) -> None:
     chat.start()
     chat._child.kill()
     chat._child.wait()
-    assert "ended" in refusal(chat)
     assert chat.render(PROMPT) == "fine"
+
+
+def test_a_process_that_dies_of_a_template_twice_refuses_the_request(renderer, monkeypatch) -> None:
+    chat = renderer("fine")
+    monkeypatch.setattr(chat, "_ask_once", lambda _job: None)
+    assert "ended twice" in refusal(chat)
 
 
 def test_an_answer_that_the_template_hides_cannot_be_continued(renderer) -> None:
