@@ -4,14 +4,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from kvserve.api.documents import plan_document
 from kvserve.cli.models import open_model
 from kvserve.cli.tables import plan_text
 from kvserve.core.dtypes import LADDER
-from kvserve.core.machine import Backend, Build, Gpu, Machine
+from kvserve.core.machine import Build, Gpu, Machine
 from kvserve.core.plan import Plan
 from kvserve.core.selector import select
 from kvserve.core.shape import ModelShape
@@ -46,6 +45,4 @@ def _plan_elsewhere(settings: Settings, shape: ModelShape, free_bytes: int) -> P
     build = Build(version="", cuda=True, kv_pairs=frozenset(LADDER))
     machine = Machine(host=read_host(), gpus=(gpu,), build=build)
     request = settings.to_request(machine)
-    if request.backend is None:
-        request = replace(request, backend=Backend.CUDA)
     return select(shape, machine, request)
