@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from kvserve.cli.models import NamedModel, open_model
-from kvserve.core.candidates import MICRO_BATCHES
+from kvserve.core.candidates import micro_batches
 from kvserve.core.loss import REFERENCE_PAIR, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import kv_bytes
@@ -140,7 +140,7 @@ def target_of(settings: Settings, model: NamedModel) -> Target:
     backend = backend_of(settings, machine)
     return Target(
         _load(settings, model, machine, backend),
-        _environment(backend),
+        worker_environment(backend),
         profile_key(model.file.identity, machine, backend),
         backend,
     )
@@ -189,20 +189,13 @@ def _load(settings: Settings, model: NamedModel, machine: Machine, backend: Back
         n_ctx=0,
         n_seq_max=1,
         n_batch=settings.batch,
-        n_ubatch=min(
-            MICRO_BATCHES[0] if settings.ubatch == "auto" else settings.ubatch, settings.batch
-        ),
+        n_ubatch=micro_batches(settings.to_request(machine))[0],
         n_gpu_layers=layers if backend is Backend.CUDA else 0,
         n_cpu_moe=0,
         flash_attn=True,
         n_threads=n_threads,
         n_threads_batch=n_threads,
     )
-
-
-def _environment(backend: Backend) -> dict[str, str]:
-    launch = Launch(backend, REFERENCE_PAIR, 256, 1, 512, 512, 0)
-    return worker_environment(launch)
 
 
 def _about(scope: Scope, options: EvalOptions, text: str, *, chat: bool) -> dict[str, str]:

@@ -52,6 +52,11 @@ def floor_of(request: Request) -> tuple[CachePair, str] | None:
     return None
 
 
+def is_below(pair: CachePair, floor: CachePair) -> bool:
+    """Whether K or V has less precision than the floor's."""
+    return pair.k.precision < floor.k.precision or pair.v.precision < floor.v.precision
+
+
 def why_below(pair: CachePair, shape: ModelShape, request: Request, quality: Quality) -> str | None:
     """Why `pair` is too poor for the request; None where it may be chosen."""
     reason = _why_below(pair, shape, request, quality)
@@ -93,7 +98,7 @@ def _by_numbers(pair: CachePair, request: Request, quality: Quality, n_ctx: int)
 
 
 def _by_type(pair: CachePair, floor: CachePair, who: str) -> str | None:
-    if pair.k.precision < floor.k.precision or pair.v.precision < floor.v.precision:
+    if is_below(pair, floor):
         return f"below the floor {floor} of {who}"
     return None
 

@@ -19,7 +19,7 @@ from kvserve.core.candidates import (
 from kvserve.core.dtypes import LADDER, CachePair
 from kvserve.core.equals import best_of
 from kvserve.core.findings import NOTHING_FOUND, Findings
-from kvserve.core.floors import floor_of, why_below
+from kvserve.core.floors import floor_of, is_below, why_below
 from kvserve.core.loss import NOTHING_MEASURED, ExpectedLoss, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
@@ -132,9 +132,7 @@ def _check_floor(request: Request) -> None:
     if request.pair is None or floor is None:
         return
     lowest, who = floor
-    if request.pair.k.precision < lowest.k.precision or (
-        request.pair.v.precision < lowest.v.precision
-    ):
+    if is_below(request.pair, lowest):
         raise UsageError(
             f"--cache-type {request.pair} is below the floor {lowest} of {who}: leave one of the "
             "two out",

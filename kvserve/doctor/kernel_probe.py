@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
+from msgspec import structs
 
 from kvserve.core.dtypes import LADDER, CachePair
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch
 from kvserve.doctor.facts import KernelSpeed
 from kvserve.ipc.measuring import KernelTime
-from kvserve.ipc.messages import Load
+from kvserve.supervisor.launching import load_of
 from kvserve.supervisor.process import worker_environment
 
 KERNELS_ARGV = (sys.executable, "-m", "kvserve.worker.kernels")
@@ -48,26 +49,12 @@ def _cell_bytes(pair: CachePair) -> int:
 
 
 def _probe(model_path: str, launch: Launch, n_threads: int, argv: Sequence[str]) -> KernelSpeed:
-    load = Load(
-        model_path=model_path,
-        type_k=launch.pair.k,
-        type_v=launch.pair.v,
-        n_ctx=launch.n_ctx,
-        n_seq_max=1,
-        n_batch=launch.n_batch,
-        n_ubatch=launch.n_ubatch,
-        n_gpu_layers=launch.n_gpu_layers,
-        n_cpu_moe=launch.n_cpu_moe,
-        flash_attn=launch.flash_attn,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        tensor_split=launch.tensor_split,
-    )
+    load = structs.replace(load_of(model_path, launch, n_threads), n_seq_max=1)
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter
             argv,
             input=msgspec.json.encode(load),
-            env=worker_environment(launch),
+            env=worker_environment(launch.backend),
             capture_output=True,
             timeout=_TIMEOUT_SECONDS,
             check=False,

@@ -16,7 +16,7 @@ from kvserve.core.findings import Findings, doubtful
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Estimate, Launch, Memory, Plan
 from kvserve.ipc.measuring import MeasureAnswer, Measured, MeasureRequest
-from kvserve.ipc.messages import Load
+from kvserve.supervisor.launching import load_of
 from kvserve.supervisor.measurements import Measurements
 from kvserve.supervisor.process import worker_environment
 
@@ -69,7 +69,9 @@ class Oracle:
             self._measurements.write(self.findings)
 
     def _run(self, launches: Sequence[Launch]) -> Findings:
-        request = MeasureRequest(tuple(_load(self._model_path, launch) for launch in launches))
+        request = MeasureRequest(
+            tuple(load_of(self._model_path, launch, n_threads=1) for launch in launches)
+        )
         output, trouble = self._output(msgspec.json.encode(request), launches[0])
         exact, refused = {}, {}
         for line in output.splitlines():
@@ -98,7 +100,7 @@ class Oracle:
             done = subprocess.run(  # noqa: S603 - our own interpreter
                 self._argv,
                 input=request,
-                env=worker_environment(launch),
+                env=worker_environment(launch.backend),
                 capture_output=True,
                 timeout=self._timeout,
                 check=False,
@@ -133,24 +135,6 @@ def confirm(
             break
         plan = decide(oracle.findings)
     return plan
-
-
-def _load(model_path: str, launch: Launch) -> Load:
-    return Load(
-        model_path=model_path,
-        type_k=launch.pair.k,
-        type_v=launch.pair.v,
-        n_ctx=launch.n_ctx,
-        n_seq_max=launch.n_parallel,
-        n_batch=launch.n_batch,
-        n_ubatch=launch.n_ubatch,
-        n_gpu_layers=launch.n_gpu_layers,
-        n_cpu_moe=launch.n_cpu_moe,
-        flash_attn=launch.flash_attn,
-        n_threads=1,
-        n_threads_batch=1,
-        tensor_split=launch.tensor_split,
-    )
 
 
 def _estimate(measured: Measured) -> Estimate:

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import structs
+
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
@@ -108,11 +110,10 @@ def _spare_on_host(plan: Plan) -> int:
     return max(0, left // 2)
 
 
-def load_message(attempt: Attempt, policy: Policy) -> Load:
-    """The first frame to a worker."""
-    launch = attempt.plan.chosen.launch
+def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
+    """The message that has a process load a model as `launch` says."""
     return Load(
-        model_path=policy.model_path,
+        model_path=model_path,
         type_k=launch.pair.k,
         type_v=launch.pair.v,
         n_ctx=launch.n_ctx,
@@ -122,9 +123,16 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         n_gpu_layers=launch.n_gpu_layers,
         n_cpu_moe=launch.n_cpu_moe,
         flash_attn=launch.flash_attn,
-        n_threads=policy.n_threads,
-        n_threads_batch=policy.n_threads,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
         tensor_split=launch.tensor_split,
+    )
+
+
+def load_message(attempt: Attempt, policy: Policy) -> Load:
+    """The first frame to a worker."""
+    return structs.replace(
+        load_of(policy.model_path, attempt.plan.chosen.launch, policy.n_threads),
         extra_buffers=attempt.extra_buffers,
         carried=attempt.carried.paths,
         cache_ram_bytes=policy.cache_limit(attempt.plan),

@@ -106,7 +106,7 @@ class ProcessSpawner:
         """Have a process ready for the next `spawn`. Never raises: that will tell what is wrong."""
         async with self._lock:
             if self._ahead is None:
-                environment = worker_environment(launch)
+                environment = worker_environment(launch.backend)
                 with contextlib.suppress(WorkerFailed):
                     self._ahead = environment, await self._start(environment)
 
@@ -117,7 +117,7 @@ class ProcessSpawner:
 
     async def spawn(self, launch: Launch) -> Worker:
         """Start a worker for a launch. Raises WorkerFailed where the system refuses."""
-        environment = worker_environment(launch)
+        environment = worker_environment(launch.backend)
         async with self._lock:
             if self._ahead is not None:
                 fits, worker = self._ahead[0] == environment, self._ahead[1]
@@ -173,11 +173,11 @@ class ProcessSpawner:
         return open_private(self._log)
 
 
-def worker_environment(launch: Launch) -> dict[str, str]:
+def worker_environment(backend: Backend) -> dict[str, str]:
     """The daemon's environment, with CUDA's device order made NVML's, and without GPUs for a
     worker that uses none: a visible GPU costs a CUDA context before any load."""
     environment = dict(os.environ)
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    if launch.backend is Backend.CPU:
+    if backend is Backend.CPU:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment

@@ -49,12 +49,10 @@ class ColdTier:
             return
         self.store.put(Stored(state, tokens, operation.salt))
 
-    def restore(self, scheduler: Scheduler) -> bool:
-        """Bring back what the requests that are admitted next begin with. Returns whether anything
-        came."""
+    def restore(self, scheduler: Scheduler) -> None:
+        """Bring back what the requests that are admitted next begin with."""
         if not len(self.store):
-            return False
-        restored = False
+            return
         for tokens, salt in scheduler.next_admissible():
             found = self.store.find(tokens, salt)
             if found is None:
@@ -63,10 +61,9 @@ class ColdTier:
             n_won = found[1] - (reuse.n_tokens if reuse is not None else 0)
             n_copied = len(found[0].tokens)
             if n_won >= max(_LEAST, n_copied // _MOST_COPIED) and scheduler.has_room(n_copied):
-                restored = self._bring_back(*found) or restored
-        return restored
+                self._bring_back(*found)
 
-    def _bring_back(self, stored: Stored, n_tokens: int) -> bool:
+    def _bring_back(self, stored: Stored, n_tokens: int) -> None:
         context, cache = self._context, self._cache
         n_stored = len(stored.tokens)
         self.store.take(stored)  # or what is stored to make room may push it out
@@ -74,7 +71,7 @@ class ColdTier:
         self._change(cache.take_operations())
         if slot is None:
             self.store.put(stored)
-            return False
+            return
         assert isinstance(stored.state, ExportedState)
         try:
             import_sequence(context, slot, stored.state)
@@ -82,9 +79,8 @@ class ColdTier:
             print(f"not restored: {error}", file=sys.stderr, flush=True)
             context.clear_slot(slot)
             stored.state.close()
-            return False
+            return
         if n_tokens < n_stored:
             context.cut_slot(slot, n_tokens)
         cache.adopt(slot, stored.tokens[:n_tokens], stored.salt, n_stored=n_tokens)
         self.store.put(stored)
-        return True

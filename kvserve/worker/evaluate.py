@@ -5,15 +5,15 @@ are loaded once; beside the reference context there is one candidate context at 
 status 0, or 1 with one line on stderr.
 """
 
-import os
 import signal
 import sys
 
 import msgspec
 
-from kvserve.ipc.evaluating import EvalAnswer, EvalRequest
+from kvserve.ipc.evaluating import EvalRequest
 from kvserve.worker import build
 from kvserve.worker.lifetime import die_with_parent
+from kvserve.worker.one_shot import fail, leave, write
 
 
 def main() -> int:
@@ -24,34 +24,20 @@ def main() -> int:
     try:
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=EvalRequest)
     except msgspec.DecodeError as error:
-        return _fail(f"not a request: {error}")
+        return fail(f"not a request: {error}")
     if (refusal := build.refusal()) is not None:
-        return _fail(refusal)
+        return fail(refusal)
     from kvserve.worker.evaluation import evaluate  # noqa: PLC0415 - loads the library
 
     try:
-        evaluate(request, _write)
+        evaluate(request, write)
     except Exception as error:  # one line for the parent, whatever it was
         message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         if getattr(error, "out_of_memory", False):
             message += ": a smaller --ctx, or fewer --gpu-layers, need less memory"
-        return _fail(message)
+        return fail(message)
     return 0
 
 
-def _write(answer: EvalAnswer) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _fail(message: str) -> int:
-    print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
-    return 1
-
-
 if __name__ == "__main__":
-    status = main()
-    # Native libraries' own clean-up may crash after the answers are out.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave(main())

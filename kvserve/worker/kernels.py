@@ -5,7 +5,6 @@ context, fills it but for as many tokens, times these, and writes one `KernelTim
 status 0, or 1 with one line on stderr.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from kvserve.ipc.measuring import KernelTime
 from kvserve.ipc.messages import Load
 from kvserve.worker import build
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.one_shot import fail, leave, write
 
 STEPS = 24
 _WARM_UP = 4
@@ -25,13 +25,13 @@ _WARM_UP = 4
 def main() -> int:
     """Measure; returns the exit status."""
     if (refusal := build.refusal()) is not None:
-        return _fail(refusal)
+        return fail(refusal)
     try:
         load = msgspec.json.decode(sys.stdin.buffer.read(), type=Load)
         answer = _time(load)
     except Exception as error:  # a file that does not load, memory that is not there
-        return _fail(f"{type(error).__name__}: {error}")
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+        return fail(f"{type(error).__name__}: {error}")
+    write(answer)
     return 0
 
 
@@ -64,13 +64,5 @@ def _time(load: Load) -> KernelTime:
     )
 
 
-def _fail(message: str) -> int:
-    print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
-    return 1
-
-
 if __name__ == "__main__":
-    status = main()
-    # Native libraries' own clean-up may crash after the answer is out.
-    sys.stdout.flush()
-    os._exit(status)
+    leave(main())

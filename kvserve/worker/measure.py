@@ -6,7 +6,6 @@ there (about 500 MiB on an H100), so it belongs before a worker, not beside one.
 1 with one line on stderr where the request cannot be worked on at all.
 """
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from kvserve.ipc.messages import Load
 from kvserve.worker import build
 from kvserve.worker.buffer_log import BufferLog
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.one_shot import fail, leave, write
 
 if TYPE_CHECKING:
     from kvserve.worker import llama
@@ -27,13 +27,13 @@ def main() -> int:
     try:
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=MeasureRequest)
     except msgspec.DecodeError as error:
-        return _fail(f"not a request: {error}")
+        return fail(f"not a request: {error}")
     if (refusal := build.refusal()) is not None:
-        return _fail(refusal)
+        return fail(refusal)
     try:
         _answer(request)
     except Exception as error:  # a library that does not load, a type that is none
-        return _fail(f"{type(error).__name__}: {error}")
+        return fail(f"{type(error).__name__}: {error}")
     return 0
 
 
@@ -52,10 +52,10 @@ def _answer(request: MeasureRequest) -> None:
             blueprint = llama.Blueprint(same[0][1], log)
         except llama.LoadError as error:
             for index, _ in same:
-                _write(Refused(index, error.message))
+                write(Refused(index, error.message))
             continue
         for index, load in same:
-            _write(_measure(blueprint, index, load))
+            write(_measure(blueprint, index, load))
         blueprint.close()
 
 
@@ -76,18 +76,5 @@ def _model_of(load: Load) -> tuple[object, ...]:
     return load.model_path, load.extra_buffers, *placement
 
 
-def _write(answer: MeasureAnswer) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _fail(message: str) -> int:
-    print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
-    return 1
-
-
 if __name__ == "__main__":
-    status = main()
-    # Native libraries' own clean-up may crash after the answers are out.
-    sys.stdout.flush()
-    os._exit(status)
+    leave(main())

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvserve.ipc.messages import Load, Loaded
+from kvserve.ipc.messages import Load
 from tests.worker.conftest import Workers
-from tests.worker.test_reuse import KINDS, WINDOW, Model, assert_same, some_tokens
+from tests.worker.test_reuse import KINDS, Model, assert_same, generated, some_tokens
 
 pytest.importorskip("gguf")
 
@@ -20,15 +20,11 @@ def model(
     load_message: Callable[..., Load],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Model]:
-    from tests.models import write_model
-
-    path = tmp_path_factory.mktemp("models") / "model.gguf"
-    write_model(path, request.param, n_layer=4, window=WINDOW, seed=3)
-    peer = worker_factory.start()
-    load = load_message(model_path=str(path), n_ctx=512, n_seq_max=1, cache_ram_bytes=2**26)
-    assert isinstance(peer.load(load), Loaded)
-    yield Model(request.param, peer)
-    peer.process.kill()
+    folder = tmp_path_factory.mktemp("models")
+    fields = {"n_ctx": 512, "n_seq_max": 1, "cache_ram_bytes": 2**26}
+    model = generated(request.param, worker_factory, load_message, folder, **fields)
+    yield model
+    model.peer.process.kill()
 
 
 def test_a_conversation_that_was_pushed_out_is_restored(model: Model) -> None:
@@ -54,14 +50,9 @@ def test_nothing_is_restored_for_another_tenant(model: Model) -> None:
 def test_a_preempted_request_goes_on_where_it_was(
     workers: Workers, load_message: Callable[..., Load], tmp_path
 ) -> None:
-    from tests.models import write_model
-
-    path = tmp_path / "model.gguf"
-    write_model(path, "llama", n_layer=4, window=WINDOW, seed=3)
-    peer = workers.start()
-    load = load_message(model_path=str(path), n_ctx=768, n_seq_max=2, cache_ram_bytes=2**26)
-    assert isinstance(peer.load(load), Loaded)
-    model = Model("llama", peer)
+    fields = {"n_ctx": 768, "n_seq_max": 2, "cache_ram_bytes": 2**26}
+    model = generated("llama", workers, load_message, tmp_path, **fields)
+    peer = model.peer
     prompts = [some_tokens(300, seed=n) for n in (51, 52)]
     answers = peer.finish(*[model.ask(tokens, n_answer=150) for tokens in prompts])
     assert max(step.n_cells_used for step in peer.steps) <= 768

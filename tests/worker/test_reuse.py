@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,19 @@ class Model:
         return answer
 
 
+def generated(
+    arch: str, workers: Workers, load_message: Callable[..., Load], folder: Path, **fields: object
+) -> Model:
+    """A worker that has loaded a small model of the architecture."""
+    from tests.models import write_model
+
+    path = folder / "model.gguf"
+    write_model(path, arch, n_layer=4, window=WINDOW, seed=3)
+    peer = workers.start()
+    assert isinstance(peer.load(load_message(model_path=str(path), **fields)), Loaded)
+    return Model(arch, peer)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def model(
     request: pytest.FixtureRequest,
@@ -52,15 +66,10 @@ def model(
     load_message: Callable[..., Load],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Model]:
-    from tests.models import write_model
-
-    path = tmp_path_factory.mktemp("models") / "model.gguf"
-    write_model(path, request.param, n_layer=4, window=WINDOW, seed=3)
-    peer = worker_factory.start()
-    load = load_message(model_path=str(path))
-    assert isinstance(peer.load(load), Loaded)
-    yield Model(request.param, peer)
-    peer.process.kill()
+    folder = tmp_path_factory.mktemp("models")
+    model = generated(request.param, worker_factory, load_message, folder)
+    yield model
+    model.peer.process.kill()
 
 
 def some_tokens(n: int, seed: int) -> list[int]:
