@@ -1,6 +1,6 @@
 """What speculation has cost and won, so that it never costs more than a small share."""
 
-SHARE = 0.01
+SHARE = 0.006
 """Of all the time that decoding takes, so much may be lost on trials that win nothing."""
 _MOST_STEPS = 2.0
 """What was won earlier pays for no more than so many steps' time."""

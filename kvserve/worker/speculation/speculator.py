@@ -51,6 +51,7 @@ class Speculator:
         self._acceptance: dict[int, Acceptance] = {}
         self._proposals: dict[int, Proposal] = {}
         self._spent_seconds = 0.0
+        self._look_seconds = 0.0
         self._step_seconds = 0.0
         self._turn = 0
 
@@ -59,14 +60,14 @@ class Speculator:
         sequences that generate."""
         self._proposals.clear()
         # In debt nothing is tried, but looking goes on where it costs next to nothing.
-        cheap = self._spent_seconds <= SHARE / 2 * self._step_seconds
+        cheap = self._look_seconds <= SHARE / 2 * self._step_seconds
+        self._spent_seconds = 0.0
         if not asks or not (self._ledger.solvent or cheap):
-            self._spent_seconds = 0.0
             return {}
         begun = self._clock()
         self._look(asks, begun)
         drafts = self._choose(asks) if self._proposals and self._ledger.solvent else {}
-        self._spent_seconds = self._clock() - begun
+        self._spent_seconds = self._look_seconds = self._clock() - begun
         return drafts
 
     def observe(self, outcomes: Mapping[int, Outcome], seconds: float, n_prefill: int) -> None:
