@@ -1,4 +1,8 @@
-"""What a decode step takes, by the tokens in its batch."""
+"""What a decode step takes, by the tokens in its batch.
+
+Steps get longer with the depth of the caches and with whatever else the machine does, those of all
+widths alike: each is measured against the level of the steps around it.
+"""
 
 from collections import deque
 from statistics import median_low
@@ -6,26 +10,33 @@ from statistics import median_low
 _N_KEPT = 7
 _EXPIRES = 50
 """A width counts no more when its last measurement is so many steps old for each one that there is:
-the depth of the caches, and what else the machine does, change, and a single step may have been
-held up by anything."""
+a single step may have been held up by anything."""
 _BASE_EXPIRES = 150
 _GUESSED_SHARE = 0.1
 """Beyond the widest step that is known, each further token is guessed to take so much of one of its
 tokens' time."""
+_SMOOTHING = 0.2
 
 
 class StepCosts:
-    """Medians (of an even number, the lower one) of the latest steps of each width. Seconds."""
+    """Medians (of an even number, the lower one) of the latest steps of each width."""
 
     def __init__(self) -> None:
         self._n_steps = 0
+        # In seconds, what the samples are in units of.
+        self._level = 0.0
         self._samples: dict[int, deque[tuple[int, float]]] = {}
 
     def observe(self, width: int, seconds: float) -> None:
         """Note a step with `width` tokens and no prefill among them."""
         self._n_steps += 1
+        seconds = max(seconds, 1e-9)
         samples = self._samples.setdefault(width, deque(maxlen=_N_KEPT))
-        samples.append((self._n_steps, seconds))
+        if not self._level:
+            self._level = seconds
+        elif samples:
+            self._level += _SMOOTHING * (seconds / _typical(samples) - self._level)
+        samples.append((self._n_steps, seconds / self._level))
 
     def lacks(self, width: int) -> bool:
         """Whether this width was not measured for a while."""
@@ -41,7 +52,7 @@ class StepCosts:
         """
         points = self._points()
         if not points:
-            points = [(first, 1.0)]
+            points = [(first, self._level or 1.0)]
         seconds = []
         index = 0
         for width in range(first, last + 1):
@@ -63,6 +74,10 @@ class StepCosts:
         for width in sorted(self._samples):
             samples = self._samples[width]
             if self._n_steps - samples[-1][0] <= _EXPIRES * len(samples):
-                seconds = median_low([sample[1] for sample in samples])
+                seconds = self._level * _typical(samples)
                 points.append((width, max(seconds, points[-1][1]) if points else seconds))
         return points
+
+
+def _typical(samples: deque[tuple[int, float]]) -> float:
+    return median_low([sample[1] for sample in samples])
