@@ -63,8 +63,7 @@ def test_costs_lie_on_lines_and_never_fall() -> None:
     known = StepCosts()
     assert known.lacks(1)
     for width, seconds in ((1, 1.0), (5, 3.0), (9, 2.5)):
-        known.observe(width, seconds)
-        known.observe(1, 1.0)
+        known.observe(width, seconds, plain=width == 1)
     curve = known.curve(1, 11)
     assert curve[:5] == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert curve[4:9] == [3.0] * 5
@@ -75,11 +74,11 @@ def test_costs_lie_on_lines_and_never_fall() -> None:
 def test_one_bad_measurement_is_not_believed_for_long() -> None:
     known = StepCosts()
     known.observe(1, 1.0)
-    known.observe(5, 100.0)
+    known.observe(5, 100.0, plain=False)
     for _ in range(60):
         known.observe(1, 1.0)
     assert known.curve(1, 5)[4] < 2
-    known.observe(5, 1.5)
+    known.observe(5, 1.5, plain=False)
     assert known.curve(1, 5)[4] == 1.5
 
 
@@ -89,7 +88,7 @@ def test_what_slows_all_steps_down_changes_no_ratio() -> None:
         slowness = 1 + 3 * n / 200
         known.observe(1, slowness)
         if n < 5:
-            known.observe(5, 3 * slowness)
+            known.observe(5, 3 * slowness, plain=False)
     one, *_, five = known.curve(1, 5)
     assert one == pytest.approx(4, rel=0.05)
     assert five == pytest.approx(3 * one, rel=0.1)

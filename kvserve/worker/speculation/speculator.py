@@ -83,7 +83,7 @@ class Speculator:
         if n_prefill:
             self._ledger.observe(seconds, -self._spent_seconds)
             return
-        self._costs.observe(n + n_drafted, seconds)
+        self._costs.observe(n + n_drafted, seconds, plain=not n_drafted)
         plain, *_, wide = self._costs.curve(n, n + max(n_drafted, 1))
         self._step_seconds = plain
         won = 0.0
