@@ -14,7 +14,7 @@ from typing import Protocol, TextIO
 import platformdirs
 import typer
 
-from kvserve.cli.models import open_model
+from kvserve.cli.models import open_draft, open_model
 from kvserve.cli.tables import plan_text
 from kvserve.daemon import Listening, listen, run
 from kvserve.errors import KvserveError, WorkerFailed
@@ -137,7 +137,7 @@ def _start_here(settings: Settings, teller: Teller) -> None:
     for warning in environment_warnings(os.environ):
         teller.say(f"note     {warning}")
     model = open_model(settings)
-    prepared = prepare(settings, model.file, model.id, confirm=True)
+    prepared = prepare(settings, model.file, model.id, draft=open_draft(settings), confirm=True)
     listening = listen(prepared)
     configure_logs(
         level=settings.log_level,

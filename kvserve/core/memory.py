@@ -92,7 +92,7 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
         host.weights += experts
         place.kv += kv_bytes(layer, launch)
         place.recurrent += recurrent_bytes(layer, launch)
-    on_gpu = uses_gpu(launch)
+    on_gpu, draft = uses_gpu(launch), launch.draft_model
     return Estimate(
         gpu=Memory(
             weights_bytes=gpu.weights,
@@ -100,6 +100,7 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
             recurrent_bytes=gpu.recurrent,
             compute_bytes=compute_bytes(shape, launch) * n_gpus if on_gpu else 0,
             runtime_bytes=overheads.gpu_bytes * n_gpus if on_gpu else 0,
+            draft_bytes=draft.on_gpu(launch.n_ctx) if draft and on_gpu else 0,
         ),
         host=Memory(
             weights_bytes=host.weights,
@@ -109,6 +110,7 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
             output_bytes=launch.n_parallel * shape.n_vocab * _F32,
             # The first batch with drafted tokens makes the output buffer longer (output_reserve).
             runtime_bytes=overheads.host_bytes + launch.n_draft * shape.n_vocab * _F32,
+            draft_bytes=draft.on_host(launch.n_ctx) if draft and not on_gpu else 0,
         ),
     )
 
@@ -176,6 +178,7 @@ def with_context(launch: Launch, n_ctx: int) -> Launch:
         flash_attn=launch.flash_attn,
         tensor_split=launch.tensor_split,
         n_draft=launch.n_draft,
+        draft_model=launch.draft_model,
     )
 
 

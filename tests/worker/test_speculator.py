@@ -110,6 +110,7 @@ class Oracle:
     """Knows how each sequence goes on, and is wrong in `wrong` of all tokens."""
 
     wrong: float
+    batched: bool = False
     random: Random = field(default_factory=lambda: Random(5))
 
     def propose(self, asks: Sequence[Ask]) -> list[Proposal | None]:

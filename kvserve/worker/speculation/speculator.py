@@ -10,8 +10,11 @@ from kvserve.worker.speculation.ledger import SHARE, Ledger
 from kvserve.worker.speculation.proposal import Ask, Proposal, Proposer
 from kvserve.worker.speculation.step_costs import StepCosts
 
-_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of accepted tokens by kind, before anything was measured."""
+_MORE = 2
+"""A batched proposer, whose tokens take time, is asked for so many more than were of use lately."""
+_USE_SMOOTHING = 0.1
 _ENGINE_MEMORY = 0.99
 _SEQUENCE_MEMORY = 0.9
 
@@ -54,6 +57,7 @@ class Speculator:
         self._look_seconds = 0.0
         self._step_seconds = 0.0
         self._turn = 0
+        self._n_useful = float(n_each)
 
     def propose(self, asks: Sequence[Ask]) -> dict[int, Draft]:
         """The tokens to be checked beside the last token of each of `asks`, which are all the
@@ -76,7 +80,8 @@ class Speculator:
         for request, outcome in outcomes.items():
             proposal = self._proposals.get(request)
             if proposal is not None:
-                self._note_trials(self._acceptance_of(request), proposal, outcome.drawn)
+                n_right = self._note_trials(self._acceptance_of(request), proposal, outcome.drawn)
+                self._n_useful += _USE_SMOOTHING * (n_right - self._n_useful)
         n, n_drafted = len(outcomes), sum(one.n_drafted for one in outcomes.values())
         if not n:
             return
@@ -101,6 +106,14 @@ class Speculator:
     def _look(self, asks: Sequence[Ask], begun: float) -> None:
         """Collect proposals, as far as the time allows, from another sequence on each time."""
         self._turn += 1
+        if self._proposer.batched:
+            n_most = min(self._n_each, round(self._n_useful) + _MORE)
+            able = [replace(ask, n_most=min(ask.n_most, n_most)) for ask in asks if ask.n_most > 0]
+            found = self._proposer.propose(able)
+            self._proposals = {
+                ask.id: one for ask, one in zip(able, found, strict=True) if one is not None
+            }
+            return
         first = self._turn % len(asks)
         allowed_seconds = max(self._ledger.balance_seconds, SHARE / 2 * self._step_seconds)
         for ask in (*asks[first:], *asks[:first]):
@@ -140,8 +153,12 @@ class Speculator:
         return known
 
     @staticmethod
-    def _note_trials(acceptance: Acceptance, proposal: Proposal, drawn: Sequence[int]) -> None:
+    def _note_trials(acceptance: Acceptance, proposal: Proposal, drawn: Sequence[int]) -> int:
+        """How many of the proposed tokens were right."""
+        n_right = 0
         for token, kind, real in zip(proposal.tokens, proposal.kinds, drawn, strict=False):
             acceptance.observe(kind, accepted=token == real)
             if token != real:
-                return
+                break
+            n_right += 1
+        return n_right
