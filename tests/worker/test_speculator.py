@@ -201,6 +201,14 @@ def test_never_much_slower_and_fast_where_it_pays(
         assert gain > {gpu: 6.0, cpu: 0.98, stairs: 1.35}[cost]
 
 
+@pytest.mark.parametrize(("look_seconds", "least"), [(0.001, 3.0), (0.004, 1.5), (0.05, 0.98)])
+def test_a_draft_model_is_used_as_far_as_its_time_pays(look_seconds: float, least: float) -> None:
+    world = World(0.05, gpu, look_seconds=look_seconds)
+    world.proposer.batched = True
+    world.run(300)
+    assert world.run(1000) * gpu(1) > least
+
+
 def test_a_proposer_that_costs_much_is_seldom_asked_where_it_is_wrong() -> None:
     world = World(1.0, gpu, look_seconds=0.004)
     assert world.run(2000) >= 0.98 / gpu(1)

@@ -20,9 +20,12 @@ class Ledger:
         """Whether anything may be tried."""
         return self.balance_seconds >= 0
 
-    def observe(self, step_seconds: float, won_seconds: float) -> None:
-        """Note a step which would take `step_seconds` without speculation, and what it won
-        (negative: lost)."""
-        balance = self.balance_seconds + SHARE * step_seconds + won_seconds
-        # A debt is bounded too: one step that something else held up must not end it for long.
-        self.balance_seconds = min(max(balance, -step_seconds), _MOST_STEPS * step_seconds)
+    def observe(self, step_seconds: float, won_seconds: float, spent_seconds: float = 0.0) -> None:
+        """Note a step which would take `step_seconds` without speculation, what it won (negative:
+        lost), and the time that was spent to propose."""
+        before = self.balance_seconds
+        balance = before + SHARE * step_seconds + won_seconds
+        # What is lost is bounded too: one step that something else held up must not end it for
+        # long.
+        balance = max(balance, min(before, -step_seconds))
+        self.balance_seconds = min(balance, _MOST_STEPS * step_seconds) - spent_seconds

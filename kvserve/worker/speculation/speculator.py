@@ -86,7 +86,7 @@ class Speculator:
         if not n:
             return
         if n_prefill:
-            self._ledger.observe(seconds, -self._spent_seconds)
+            self._ledger.observe(seconds, 0.0, self._spent_seconds)
             return
         self._costs.observe(n + n_drafted, seconds, plain=not n_drafted)
         plain, *_, wide = self._costs.curve(n, n + max(n_drafted, 1))
@@ -95,7 +95,7 @@ class Speculator:
         if n_drafted:
             n_accepted = sum(min(len(o.drawn) - 1, o.n_drafted) for o in outcomes.values())
             won = plain * (n + n_accepted) / n - wide
-        self._ledger.observe(plain, won - self._spent_seconds)
+        self._ledger.observe(plain, won, self._spent_seconds)
 
     def forget(self, request: int) -> None:
         """A request ended, or has left the batch for a while."""
