@@ -17,6 +17,7 @@ from kvserve.ipc.messages import (
     Echo,
     End,
     Failed,
+    FromWorker,
     Generate,
     NeedsContext,
     Pause,
@@ -91,6 +92,7 @@ class Engine:
         self._preparing: set[int] = set()
         self._paused = False
         self._blanks: Blanks | None = None
+        self._unsent: Step | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -127,6 +129,8 @@ class Engine:
             while True:
                 pausing = self._blanks is not None
                 idle = self._paused or not (pausing or self._scheduler.has_work)
+                if idle:
+                    self._flush()
                 self._handle(self._inbox.get(block=idle))
         except queue.Empty:
             return
@@ -143,7 +147,7 @@ class Engine:
                 self._admit(message)
             case Refused(id=request) if request in self._preparing:
                 self._preparing.discard(request)
-                self._channel.send(message.answer)
+                self._send(message.answer)
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._forget(request)
@@ -160,6 +164,7 @@ class Engine:
         self._cache.make_room(1)  # for the canaries
         self._change_memory(self._cache.take_operations())
         sequences = self._scheduler.sequences if blanks.limit_bytes else ()
+        self._flush()
         self._channel.send(export(self._context, sequences, blanks, self._cache.shortest))
 
     def _admit(self, prepared: Prepared) -> None:
@@ -179,7 +184,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._channel.send(Started(job.id, job.generation.n_prompt))
+        self._send(Started(job.id, job.generation.n_prompt))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (_end(job, 0),), echoes=echoes)
@@ -196,7 +201,7 @@ class Engine:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._channel.send(Started(job.id, job.generation.n_prompt))
+                self._send(Started(job.id, job.generation.n_prompt))
         begun = time.monotonic()
         if not self._decode(plan):
             return
@@ -223,7 +228,7 @@ class Engine:
                 self._forget(job.id)
         self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs), echoes)
         for job in outgrown:
-            self._channel.send(NeedsContext(job.id, job.generation.n_tokens))
+            self._send(NeedsContext(job.id, job.generation.n_tokens))
             self._forget(job.id)
 
     def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
@@ -267,7 +272,9 @@ class Engine:
                 scored=chunk.scored,
             )
         try:
-            self._context.decode(batch)
+            self._context.submit(batch)
+            self._flush()
+            self._context.wait()
         except CacheFull:
             self._make_room(plan)
             return False
@@ -285,12 +292,12 @@ class Engine:
     def _fail(self, plan: Plan, reason: str) -> None:
         for chunk in plan.chunks:
             self._forget(chunk.id, broken=True)
-            self._channel.send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
+            self._send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
 
     def _refuse(self, job: _Job, problem: str) -> None:
         self._forget(job.id)
         message = f"the grammar cannot be followed: {problem}"
-        self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
+        self._send(Failed(job.id, "invalid_request", message, "response_format"))
 
     def _wishes(self, plan: Plan) -> list[Wish]:
         n_outputs = len(self._batch.outputs)
@@ -323,9 +330,23 @@ class Engine:
         logprobs: tuple[TokenLogprobs, ...] = (),
         echoes: tuple[Echo, ...] = (),
     ) -> None:
+        """Send a step's answers: on a GPU only while it computes the next step."""
         cache = self._cache
-        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs, echoes)
-        self._channel.send(step)
+        self._flush()
+        self._unsent = Step(
+            deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs, echoes
+        )
+        if not self._context.asynchronous:
+            self._flush()
+
+    def _send(self, message: FromWorker) -> None:
+        self._flush()
+        self._channel.send(message)
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            step, self._unsent = self._unsent, None
+            self._channel.send(step)
 
 
 def _end(job: _Job, n_cached: int) -> End:
