@@ -1,4 +1,5 @@
-"""The tokens of one step, drawn on a few threads: a row of logits for each sequence."""
+"""The tokens of one step, drawn on a few threads: a row of logits for each sequence, and one more
+for each of its drafted tokens."""
 
 import itertools
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.sampling import Sampler
 
 Row = NDArray[np.float32]
-Drawn = tuple[int, TokenLogprobs | None]
+Rows = NDArray[np.float32]
+Drawn = list[tuple[int, TokenLogprobs | None]]
 
 _FEWEST = 2
 """Rows for each thread below which handing them over costs more than it saves."""
@@ -21,12 +23,20 @@ _FEWEST = 2
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A row of logits to draw from, for request `id`. The row is changed."""
+    """Rows of logits to draw from in order, for request `id`: one, and after it one for each token
+    of `draft`, which counts only where all draws before it gave the drafted tokens.
+
+    The rows are changed. `accept` takes every drawn token before the next is drawn, and tells
+    whether there is to be another one; for different requests it may be called on different
+    threads.
+    """
 
     id: int
-    row: Row
+    rows: Rows
     sampler: Sampler
+    accept: Callable[[int], bool]
     n_logprobs: int | None = None
+    draft: tuple[int, ...] = ()
 
 
 class Drawer:
@@ -38,7 +48,7 @@ class Drawer:
         self._pool = ThreadPoolExecutor(n_threads - 1, "draw") if n_threads > 1 else None
 
     def draw(self, wishes: list[Wish]) -> list[Drawn]:
-        """A token for each wish, in order, with its likelihoods where they are wanted."""
+        """At least a token for each wish, in order, with likelihoods where they are wanted."""
         n_shares = min(self._n_threads, len(wishes) // _FEWEST)
         if self._pool is None or n_shares < 2:
             return [self._one(wish) for wish in wishes]
@@ -51,8 +61,17 @@ class Drawer:
         return [self._one(wish) for wish in wishes]
 
     def _one(self, wish: Wish) -> Drawn:
+        drawn: Drawn = []
+        for row, drafted in itertools.zip_longest(wish.rows, wish.draft):
+            token, likelihoods = self._token(wish, row)
+            drawn.append((token, likelihoods))
+            if not wish.accept(token) or token != drafted:
+                break
+        return drawn
+
+    def _token(self, wish: Wish, row: Row) -> tuple[int, TokenLogprobs | None]:
         if wish.n_logprobs is None:
-            return wish.sampler.sample(wish.row), None
-        untouched = wish.row.copy()
-        token = wish.sampler.sample(wish.row)
+            return wish.sampler.sample(row), None
+        untouched = row.copy()
+        token = wish.sampler.sample(row)
         return token, token_logprobs(wish.id, untouched, token, wish.n_logprobs, self._piece)
