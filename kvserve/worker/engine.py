@@ -31,7 +31,7 @@ from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
-from kvserve.worker.drawing import Drawer, Drawn, Wish
+from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.pace import Pace
@@ -229,9 +229,14 @@ class Engine:
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        wishes = self._wishes(plan)
+        n_outputs = len(self._batch.outputs)
+        wishes: list[Wish] = []
+        drawn: list[Drawn] = []
+        if n_outputs:
+            logits = self._context.logits(n_outputs)
+            wishes = self._wishes(plan, logits)
+            drawn = self._drawer.draw(logits, wishes)
         echoes, ends = self._take_echoes(plan)
-        drawn = self._drawer.draw(wishes)
         outcomes = self._settle(plan)
         if self._speculator is not None:
             asked = {ask.id for ask in asks}
@@ -390,21 +395,15 @@ class Engine:
         message = f"the grammar cannot be followed: {job.constraint.error}"
         self._send(Failed(job.id, "invalid_request", message, "response_format"))
 
-    def _wishes(self, plan: Plan) -> list[Wish]:
-        n_outputs = len(self._batch.outputs)
-        if not n_outputs:
-            return []
-        rows = self._context.logits(n_outputs)
+    def _wishes(self, plan: Plan, logits: Rows) -> list[Wish]:
         wishes, first = [], 0
         for chunk in plan.chunks:
             job, end = self._jobs[chunk.id], first + chunk.n_outputs
             if chunk.scored and job.echo is not None:
-                job.echo.take(chunk.start, rows[first:end])
+                job.echo.take(chunk.start, logits[first:end])
             elif chunk.last:
                 accept = partial(self._accept, job)
-                wishes.append(
-                    Wish(job.id, rows[first:end], job.sampler, accept, job.n_logprobs, chunk.draft)
-                )
+                wishes.append(Wish(job.id, first, job.sampler, accept, job.n_logprobs, chunk.draft))
             first = end
         return wishes
 
