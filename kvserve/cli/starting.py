@@ -137,7 +137,7 @@ def _start_here(settings: Settings, teller: Teller) -> None:
     for warning in environment_warnings(os.environ):
         teller.say(f"note     {warning}")
     model = open_model(settings)
-    prepared = prepare(settings, model.file, model.id, confirm=True)
+    prepared = prepare(settings, model.file, model.id, confirm=True, ahead=True)
     listening = listen(prepared)
     configure_logs(
         level=settings.log_level,

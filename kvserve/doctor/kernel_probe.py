@@ -13,8 +13,7 @@ from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch
 from kvserve.doctor.facts import KernelSpeed
 from kvserve.ipc.measuring import KernelTime
-from kvserve.supervisor.launching import load_of
-from kvserve.supervisor.process import worker_environment
+from kvserve.supervisor.loads import load_of, worker_environment
 
 KERNELS_ARGV = (sys.executable, "-m", "kvserve.worker.kernels")
 N_CTX_GPU = 8192
