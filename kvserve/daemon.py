@@ -26,6 +26,7 @@ from kvserve.metrics import Metrics
 from kvserve.notify import Notifier
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.supervisor.preparing import Prepared
 from kvserve.supervisor.process import ProcessSpawner
 from kvserve.supervisor.status import Status
@@ -103,7 +104,7 @@ async def serve(
         prepared.plan,
         policy,
         ProcessSpawner(listening.paths.worker_log),
-        prepared.planner,
+        MachinePlanner(prepared.decider),
         observer=metrics,
     )
     server = _Server(_uvicorn_config(prepared, listening, supervisor, metrics))

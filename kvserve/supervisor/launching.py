@@ -10,6 +10,7 @@ from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
 from kvserve.ipc.messages import Load, Loaded, Speculate, ToWorker
+from kvserve.supervisor.loads import load_of
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
 
@@ -112,26 +113,6 @@ def _spare_on_host(plan: Plan) -> int:
     on_cpu = chosen.launch.backend is Backend.CPU
     left = chosen.headroom_bytes if on_cpu else host.free_bytes - chosen.host_memory.total_bytes
     return max(0, left // 2)
-
-
-def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
-    """The message that has a process load a model as `launch` says."""
-    return Load(
-        model_path=model_path,
-        type_k=launch.pair.k,
-        type_v=launch.pair.v,
-        n_ctx=launch.n_ctx,
-        n_seq_max=launch.n_parallel,
-        n_batch=launch.n_batch,
-        n_ubatch=launch.n_ubatch,
-        n_gpu_layers=launch.n_gpu_layers,
-        n_cpu_moe=launch.n_cpu_moe,
-        flash_attn=launch.flash_attn,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        tensor_split=launch.tensor_split,
-        n_draft=launch.n_draft,
-    )
 
 
 def load_message(attempt: Attempt, policy: Policy) -> Load:

@@ -36,6 +36,7 @@ from kvserve.ipc.messages import (
 from kvserve.supervisor.adapting import Adapting
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
+from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.news import Listener, News, PhaseEntered, WeightsLoaded
@@ -56,7 +57,6 @@ from kvserve.supervisor.states import (
     ChangePlanned,
     Draining,
     Ended,
-    Exit,
     Failing,
     Heard,
     Idle,

@@ -18,6 +18,7 @@ from kvserve.ipc.messages import (
     Echo,
     End,
     Failed,
+    FromWorker,
     Generate,
     NeedsContext,
     Pause,
@@ -30,7 +31,7 @@ from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
-from kvserve.worker.drawing import Drawer, Drawn, Wish
+from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
 from kvserve.worker.grammar import Constraint
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.pace import Pace
@@ -108,6 +109,7 @@ class Engine:
         self._preparing: set[int] = set()
         self._paused = False
         self._blanks: Blanks | None = None
+        self._unsent: Step | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -144,6 +146,8 @@ class Engine:
             while True:
                 pausing = self._blanks is not None
                 idle = self._paused or not (pausing or self._scheduler.has_work)
+                if idle:
+                    self._flush()
                 self._handle(self._inbox.get(block=idle))
         except queue.Empty:
             return
@@ -160,7 +164,7 @@ class Engine:
                 self._admit(message)
             case Refused(id=request) if request in self._preparing:
                 self._preparing.discard(request)
-                self._channel.send(message.answer)
+                self._send(message.answer)
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._forget(request)
@@ -177,6 +181,7 @@ class Engine:
         self._cache.make_room(1)  # for the canaries
         self._change_memory(self._cache.take_operations())
         sequences = self._scheduler.sequences if blanks.limit_bytes else ()
+        self._flush()
         self._channel.send(export(self._context, sequences, blanks, self._cache.shortest))
 
     def _admit(self, prepared: Prepared) -> None:
@@ -196,7 +201,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._channel.send(Started(job.id, job.generation.n_prompt))
+        self._send(Started(job.id, job.generation.n_prompt))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (_end(job, 0),), echoes=echoes)
@@ -218,15 +223,20 @@ class Engine:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._channel.send(Started(job.id, job.generation.n_prompt))
+                self._send(Started(job.id, job.generation.n_prompt))
         begun = time.monotonic()
         if not self._decode(plan):
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        wishes = self._wishes(plan)
+        n_outputs = len(self._batch.outputs)
+        wishes: list[Wish] = []
+        drawn: list[Drawn] = []
+        if n_outputs:
+            logits = self._context.logits(n_outputs)
+            wishes = self._wishes(plan, logits)
+            drawn = self._drawer.draw(logits, wishes)
         echoes, ends = self._take_echoes(plan)
-        drawn = self._drawer.draw(wishes)
         outcomes = self._settle(plan)
         if self._speculator is not None:
             asked = {ask.id for ask in asks}
@@ -309,7 +319,7 @@ class Engine:
         for job in refused:
             self._refuse(job)
         for job in outgrown:
-            self._channel.send(NeedsContext(job.id, job.generation.n_tokens))
+            self._send(NeedsContext(job.id, job.generation.n_tokens))
             self._forget(job.id)
 
     def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
@@ -355,7 +365,9 @@ class Engine:
             if chunk.draft:
                 batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
         try:
-            self._context.decode(batch)
+            self._context.submit(batch)
+            self._flush()
+            self._context.wait()
         except CacheFull:
             self._make_room(plan)
             return False
@@ -375,29 +387,23 @@ class Engine:
     def _fail(self, plan: Plan, reason: str) -> None:
         for chunk in plan.chunks:
             self._forget(chunk.id, broken=True)
-            self._channel.send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
+            self._send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
 
     def _refuse(self, job: _Job) -> None:
         assert job.constraint is not None
         self._forget(job.id)
         message = f"the grammar cannot be followed: {job.constraint.error}"
-        self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
+        self._send(Failed(job.id, "invalid_request", message, "response_format"))
 
-    def _wishes(self, plan: Plan) -> list[Wish]:
-        n_outputs = len(self._batch.outputs)
-        if not n_outputs:
-            return []
-        rows = self._context.logits(n_outputs)
+    def _wishes(self, plan: Plan, logits: Rows) -> list[Wish]:
         wishes, first = [], 0
         for chunk in plan.chunks:
             job, end = self._jobs[chunk.id], first + chunk.n_outputs
             if chunk.scored and job.echo is not None:
-                job.echo.take(chunk.start, rows[first:end])
+                job.echo.take(chunk.start, logits[first:end])
             elif chunk.last:
                 accept = partial(self._accept, job)
-                wishes.append(
-                    Wish(job.id, rows[first:end], job.sampler, accept, job.n_logprobs, chunk.draft)
-                )
+                wishes.append(Wish(job.id, first, job.sampler, accept, job.n_logprobs, chunk.draft))
             first = end
         return wishes
 
@@ -425,19 +431,30 @@ class Engine:
         n_drafted: int = 0,
         n_accepted: int = 0,
     ) -> None:
-        self._channel.send(
-            Step(
-                deltas,
-                ends,
-                n_prefilled,
-                self._cache.n_pinned,
-                self._cache.n_kept,
-                logprobs,
-                echoes,
-                n_drafted,
-                n_accepted,
-            )
+        """Send a step's answers: on a GPU only while it computes the next step."""
+        self._flush()
+        self._unsent = Step(
+            deltas,
+            ends,
+            n_prefilled,
+            self._cache.n_pinned,
+            self._cache.n_kept,
+            logprobs,
+            echoes,
+            n_drafted,
+            n_accepted,
         )
+        if not self._context.asynchronous:
+            self._flush()
+
+    def _send(self, message: FromWorker) -> None:
+        self._flush()
+        self._channel.send(message)
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            step, self._unsent = self._unsent, None
+            self._channel.send(step)
 
 
 def _end(job: _Job, n_cached: int) -> End:

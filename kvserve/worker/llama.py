@@ -348,13 +348,26 @@ class Context:
         template = ll.llama_model_chat_template(self._model, None)
         return template.decode("utf-8", "replace") if template else None
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `submit` returns before the batch is computed, as it does on a GPU."""
+        return self._n_gpu_layers > 0 and bool(ll.llama_supports_gpu_offload())
+
     def decode(self, batch: Batch) -> None:
         """Compute a batch; returns when it is done. Raises CacheFull or DecodeError."""
+        self.submit(batch)
+        self.wait()
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to compute a batch. Raises CacheFull or DecodeError."""
         status = ll.llama_decode(self.raw, batch.raw)
         if status == _NO_SLOT:
             raise CacheFull
         if status != 0:
             raise DecodeError(f"llama_decode returned {status}")
+
+    def wait(self) -> None:
+        """Return when the batch is computed."""
         ll.llama_synchronize(self.raw)
 
     def logits(self, n_outputs: int) -> NDArray[np.float32]:
