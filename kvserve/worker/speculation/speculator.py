@@ -94,7 +94,9 @@ class Speculator:
         won = 0.0
         if n_drafted:
             n_accepted = sum(min(len(o.drawn) - 1, o.n_drafted) for o in outcomes.values())
-            won = plain * (n + n_accepted) / n - wide
+            # More than its tokens one by one takes only a step that something else held up.
+            lost = min(wide, plain * (n + n_drafted) / n)
+            won = plain * (n + n_accepted) / n - lost
         self._ledger.observe(plain, won, self._spent_seconds)
 
     def forget(self, request: int) -> None:
