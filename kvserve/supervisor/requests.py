@@ -135,6 +135,7 @@ class Requests:
                     cache_type=cache_type,
                     fingerprint=fingerprint,
                     warning=job.below_floor,
+                    form=message.form,
                 )
             )
 
