@@ -166,6 +166,7 @@ def _uvicorn_config(
             admin_keys=settings.admin_keys,
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
+            reasoning_format=settings.reasoning_format,
         ),
         metrics,
     )

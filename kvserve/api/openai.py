@@ -31,7 +31,12 @@ def openai_router(service: Service, config: ApiConfig) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         _check(body, service, config)
-        return answer(body, chat_specs(body), ChatFormat(config.model_id, int(config.clock())))
+        wire_format = ChatFormat(
+            config.model_id,
+            int(config.clock()),
+            keeps_reasoning=(body.reasoning_format or config.reasoning_format) == "none",
+        )
+        return answer(body, chat_specs(body), wire_format)
 
     @router.post("/completions")
     async def completions(body: CompletionRequest) -> Response:

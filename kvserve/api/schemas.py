@@ -95,10 +95,14 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: Any = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. `reasoning_format` has llama-server's names: `none` leaves
+    reasoning in the text, the others take it out."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
@@ -107,6 +111,10 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
 
 
 class CompletionRequest(GenerationRequest):

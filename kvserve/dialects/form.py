@@ -50,8 +50,8 @@ class Form:
 
     `calls` is the dialect of calls. `think` and `end_think` enclose reasoning, empty where the
     model has none; `thinking` says that the prompt opened it already. `native` tells a template
-    that shows tools itself from one for which kvserve writes them into a message. `listed` is the older way of two dialects: Mistral's calls
-    as one JSON list, DeepSeek's arguments in a fence.
+    that shows tools itself from one for which kvserve writes them into a message. `listed` is the
+    older way of two dialects: Mistral's calls as one JSON list, DeepSeek's arguments in a fence.
     """
 
     calls: Calls = HERMES

@@ -6,7 +6,7 @@ What turns out to be no call is told as text, its marks included.
 import re
 from collections.abc import Generator
 
-from kvserve.dialects.parts import Parts, parse_json
+from kvserve.dialects.parts import Parts, is_call, parse_json
 from kvserve.dialects.tape import Reading, Tape
 
 _OBJECT = re.compile(
@@ -207,4 +207,8 @@ def _whole(text: str, parts: Parts) -> bool:
     value = parse_json(text)
     if not isinstance(value, list):
         return parts.whole_call(value)
-    return bool(value) and all([parts.whole_call(one) for one in value])
+    if not value or not all(is_call(one) for one in value):
+        return False
+    for one in value:
+        parts.whole_call(one)
+    return True

@@ -237,7 +237,9 @@ def read_bare(text: str) -> dict[str, Any] | None:
         else:
             word = match[3].strip()
             is_key = text[place : place + 1] == ":"
-            is_text = word not in ("", "null") and parse_json(word) is None
-            written.append(_escape(word) if is_key or is_text else word)
+            value = parse_json(word)
+            is_json = isinstance(value, str) or word in ("", "null")
+            is_bare = is_key or value is None
+            written.append(_escape(word) if is_bare and not is_json else word)
     value = parse_json("".join(written))
     return value if isinstance(value, dict) else None

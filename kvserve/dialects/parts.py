@@ -100,21 +100,12 @@ class Parts:
 
     def whole_call(self, value: object) -> bool:
         """Tell a call from its JSON value; whether it was one."""
-        if not isinstance(value, dict):
+        call = _read_call(value)
+        if call is None:
             return False
-        inner = value.get("function")
-        if isinstance(inner, dict):
-            value = inner
-        name = value.get("name")
-        if not isinstance(name, str) or not name:
-            return False
-        given = value.get("arguments", value.get("parameters"))
-        if not isinstance(given, str):
-            given = write_json({} if given is None else given)
-        if given is None:
-            return False
+        name, arguments = call
         self.call(name)
-        self.arguments(given)
+        self.arguments(arguments)
         return True
 
     def finish(self) -> None:
@@ -125,6 +116,27 @@ class Parts:
         if self._blanks_reasoning:
             self._new.append(Reasoning(self._blanks_reasoning))
             self._blanks_reasoning = ""
+
+
+def is_call(value: object) -> bool:
+    """Whether a JSON value is a call."""
+    return _read_call(value) is not None
+
+
+def _read_call(value: object) -> tuple[str, str] | None:
+    """A call's name, and its arguments as JSON text."""
+    if not isinstance(value, dict):
+        return None
+    inner = value.get("function")
+    if isinstance(inner, dict):
+        value = inner
+    name = value.get("name")
+    given = value.get("arguments", value.get("parameters"))
+    if not isinstance(given, str):
+        given = write_json({} if given is None else given)
+    if not isinstance(name, str) or not name or given is None:
+        return None
+    return name, given
 
 
 def parse_json(text: str) -> object:

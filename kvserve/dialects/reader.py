@@ -79,9 +79,9 @@ def _reasoning(tape: Tape, parts: Parts, form: Form, keeps: bool) -> Reading:
     if not opened and (yield from tape.begins(form.think)) is not None:
         opened = True
         tape.text = tape.text.lstrip()
-        mark = tape.take(len(form.think))
+        opening = tape.take(len(form.think))
         if keeps:
-            parts.content(mark)
+            parts.content(opening)
     if not opened:
         return
     tell = parts.content if keeps else parts.reasoning

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from kvserve.dialects.form import Form
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
@@ -30,7 +31,7 @@ from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.drawing import Drawer, Wish
-from kvserve.worker.grammar import Constraint
+from kvserve.worker.grammar import Constraining
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
@@ -52,8 +53,9 @@ class _Job:
     generation: Generation
     sampler: Sampler
     n_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraining | None = None
     echo: PromptEcho | None = None
+    form: Form | None = None
     started: bool = False
 
 
@@ -170,6 +172,7 @@ class Engine:
             prepared.n_logprobs,
             prepared.constraint,
             prepared.echo,
+            prepared.form,
         )
         generation, echo = job.generation, job.echo
         if generation.finish is None or (echo is not None and not echo.complete):
@@ -179,7 +182,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._channel.send(Started(job.id, job.generation.n_prompt))
+        self._channel.send(Started(job.id, job.generation.n_prompt, job.form))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (_end(job, 0),), echoes=echoes)
@@ -196,7 +199,7 @@ class Engine:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._channel.send(Started(job.id, job.generation.n_prompt))
+                self._channel.send(Started(job.id, job.generation.n_prompt, job.form))
         begun = time.monotonic()
         if not self._decode(plan):
             return

@@ -48,8 +48,8 @@ CASES = {
     "hermes": Case(
         HERMES,
         "<think>\nWhere? Paris.\n</think>\n\nI look.\n<tool_call>\n"
-        '{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>\n<tool_call>\n'
-        '{"name": "now", "arguments": {}}\n</tool_call>',
+        '{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
         "Where? Paris.",
         "I look.",
         (PARIS, NOW),
@@ -88,8 +88,8 @@ CASES = {
     ),
     "qwen xml": Case(
         QWEN_XML,
-        "I look.\n<tool_call>\n<function=weather>\n<parameter=city>\nPar\nis \"1\"\n</parameter>\n"
-        "<parameter=days>\n2\n</parameter>\n<parameter=tags>\n[\"a\", \"b\"]\n</parameter>\n"
+        'I look.\n<tool_call>\n<function=weather>\n<parameter=city>\nPar\nis "1"\n</parameter>\n'
+        '<parameter=days>\n2\n</parameter>\n<parameter=tags>\n["a", "b"]\n</parameter>\n'
         "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
         content="I look.",
         calls=(("weather", {"city": 'Par\nis "1"', "days": 2, "tags": ["a", "b"]}), NOW),
@@ -105,9 +105,7 @@ CASES = {
         "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call><tool_call>now\n</tool_call>",
         calls=(PARIS, NOW),
     ),
-    "llama3": Case(
-        LLAMA3, f'{{"name": "weather", "parameters": {_PARIS}}}', calls=(PARIS,)
-    ),
+    "llama3": Case(LLAMA3, f'{{"name": "weather", "parameters": {_PARIS}}}', calls=(PARIS,)),
     "llama3, two, tagged": Case(
         LLAMA3,
         f'<|python_tag|>{{"type": "function", "name": "weather", "parameters": {_PARIS}}}; '
@@ -128,6 +126,11 @@ CASES = {
     ),
     "mistral, with an id": Case(
         MISTRAL, f"[TOOL_CALLS]weather[CALL_ID]abc123def[ARGS]{_PARIS}", calls=(PARIS,)
+    ),
+    "mistral, a list that is none": Case(
+        MISTRAL,
+        '[TOOL_CALLS][{"name": "now"}, 1] ok',
+        content='[TOOL_CALLS][{"name": "now"}, 1] ok',
     ),
     "mistral, a list": Case(
         MISTRAL,

@@ -92,7 +92,17 @@ SYNTAX = [
     *("<|call|>", "<function=", "weather>", "</function>", "<parameter=", "city>", "</parameter>"),
     *('{"name": "weather", "arguments": {', '{"city": "', '"', "}", "}}", "{", "[", "]", ";", "\\"),
     *("weather", "now", "call:weather{", "```json\n", "```", "\n", " ", "function", ">", ",", ":"),
-    *("analysis", "commentary", "final", " to=functions.now", "assistant", "<", "[TOOL_", "é", "🙂"),
+    *(
+        "analysis",
+        "commentary",
+        "final",
+        " to=functions.now",
+        "assistant",
+        "<",
+        "[TOOL_",
+        "é",
+        "🙂",
+    ),
 ]
 
 
@@ -134,7 +144,9 @@ def test_text_without_marks_stays_as_it_is(form, text, calls) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.calls)
-@pytest.mark.parametrize("text", ["[" * 20_000, '{"a":' * 5_000, "<tool_call>" * 2_000, "\\" * 9_999])
+@pytest.mark.parametrize(
+    "text", ["[" * 20_000, '{"a":' * 5_000, "<tool_call>" * 2_000, "\\" * 9_999]
+)
 def test_deep_nesting_is_text(form: Form, text: str) -> None:
     for opening in ("", "<tool_call>", "[TOOL_CALLS]", "<start_function_call>call:a{"):
         read(form, [opening + text])
