@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 Calls = Literal[
-    "hermes", "qwen_xml", "glm", "llama3", "mistral", "deepseek", "harmony", "function_gemma"
+    "hermes",
+    "qwen_xml",
+    "glm",
+    "llama3",
+    "mistral",
+    "deepseek",
+    "harmony",
+    "function_gemma",
+    "gemma4",
 ]
 HERMES: Final = "hermes"
 QWEN_XML: Final = "qwen_xml"
@@ -15,25 +23,34 @@ MISTRAL: Final = "mistral"
 DEEPSEEK: Final = "deepseek"
 HARMONY: Final = "harmony"
 FUNCTION_GEMMA: Final = "function_gemma"
+GEMMA4: Final = "gemma4"
 
-_CALLS: tuple[tuple[str, Calls], ...] = (
+_CALLS: tuple[tuple[str, Calls | None], ...] = (
+    ("<tool_calls>", None),
     ("<|channel|>", HARMONY),
     ("<｜tool▁calls▁begin｜>", DEEPSEEK),
     ("[TOOL_CALLS]", MISTRAL),
     ("<start_function_call>", FUNCTION_GEMMA),
-    ("<function=", QWEN_XML),
+    ("<|tool_call>call:", GEMMA4),
+    ("<parameter=", QWEN_XML),
+    ("<function=", None),
     ("<arg_key>", GLM),
     ("<tool_call>", HERMES),
     ("<|python_tag|>", LLAMA3),
-    ('"parameters": ', LLAMA3),
 )
-"""The first text that the source contains decides."""
+"""The first text that the source contains decides; None for a dialect that is not known here."""
 
-_REASONING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+_REASONING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
+)
 _TOOLS = re.compile(r"\btools\b")
 
 MARKERS = (
-    *(mark for pair in _REASONING for mark in pair),
+    *(mark for pair in _REASONING[:3] for mark in pair),
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
     *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>"),
     *("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<tool_call>", "</tool_call>"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"),
@@ -42,6 +59,10 @@ MARKERS = (
 )
 """What the dialects are read by. Some vocabularies have them as control tokens, which have no text
 otherwise."""
+
+FUNCTION_GEMMA_MARKS = ("<start_function_call>", "<end_function_call>", "<escape>")
+GEMMA4_MARKS = ("<|tool_call>", "<tool_call|>", '<|"|>')
+"""Before and after a call, and about a string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,8 @@ def form_of(template: str) -> Form:
     """The form of answers under a template. A template that shows no tools, or in a way that is
     not known here, gets kvserve's own text, which asks for Hermes' way of calling."""
     calls = next((calls for mark, calls in _CALLS if mark in template), None)
+    if "<|start_header_id|>" in template and '"parameters": ' in template:
+        calls = LLAMA3
     native = calls is not None and (_TOOLS.search(template) is not None)
     if calls is None or not (native or calls == HARMONY):
         calls = HERMES

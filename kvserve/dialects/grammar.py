@@ -8,6 +8,9 @@ from typing import Any
 from kvserve.dialects.form import (
     DEEPSEEK,
     FUNCTION_GEMMA,
+    FUNCTION_GEMMA_MARKS,
+    GEMMA4,
+    GEMMA4_MARKS,
     GLM,
     HARMONY,
     LLAMA3,
@@ -26,7 +29,8 @@ _ANY_TEXT = "ANY: /(.|\\n)+/"
 _TRIGGERS = {
     MISTRAL: "[TOOL_CALLS]",
     DEEPSEEK: "<｜tool▁calls▁begin｜>",
-    FUNCTION_GEMMA: "<start_function_call>",
+    FUNCTION_GEMMA: FUNCTION_GEMMA_MARKS[0],
+    GEMMA4: GEMMA4_MARKS[0],
     LLAMA3: "<|python_tag|>",
 }
 
@@ -113,8 +117,8 @@ class CallGrammars:
             case _ if self.form.calls == DEEPSEEK:
                 yield f"calls: {mark('<｜tool▁calls▁begin｜>')} rest"
                 yield f"rest: call {self._more('NL? call')} {mark('<｜tool▁calls▁end｜>')}"
-            case _ if self.form.calls == FUNCTION_GEMMA:
-                begin, end = mark("<start_function_call>"), mark("<end_function_call>")
+            case _ if self.form.calls in (FUNCTION_GEMMA, GEMMA4):
+                begin, end, _ = map(mark, self._gemma_marks)
                 yield f"calls: {begin} rest"
                 yield f"rest: call {end} {self._more(f'{begin} call {end}')}"
             case _:
@@ -123,6 +127,10 @@ class CallGrammars:
                 yield f"calls: {begin} rest"
                 one = f"{gap} call NL {end}"
                 yield f"rest: {one} {self._more(f'NL? {begin} {one}')}"
+
+    @property
+    def _gemma_marks(self) -> tuple[str, str, str]:
+        return GEMMA4_MARKS if self.form.calls == GEMMA4 else FUNCTION_GEMMA_MARKS
 
     def _more(self, call: str) -> str:
         return f"({call})*" if self.parallel else ""
@@ -145,7 +153,7 @@ class CallGrammars:
                     yield f'{rule}: {head} {_json(schema)} "\\n```" {end}'
                 else:
                     yield f"{rule}: {begin} {_text(name)} {separator} {_json(schema)} {end}"
-            case _ if self.form.calls in (QWEN_XML, GLM, FUNCTION_GEMMA):
+            case _ if self.form.calls in (QWEN_XML, GLM, FUNCTION_GEMMA, GEMMA4):
                 yield from self._members(rule, name, schema)
             case _:
                 key = "parameters" if self.form.calls == LLAMA3 else "arguments"
@@ -198,7 +206,7 @@ class CallGrammars:
         return (
             _text(f"call:{name}{{"),
             lambda key: _text(f"{key}:"),
-            mark("<escape>"),
+            mark(self._gemma_marks[2]),
             '"}"',
             '","',
         )

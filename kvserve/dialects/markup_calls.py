@@ -1,4 +1,4 @@
-"""Calls whose arguments are marked up one by one: Qwen3-Coder, GLM 4.5, FunctionGemma.
+"""Calls whose arguments are marked up one by one: Qwen3-Coder, GLM 4.5, Gemma.
 
 Their values are plain text, so the function's schema says which of them are strings.
 """
@@ -201,14 +201,15 @@ def _until(tape: Tape, mark: str) -> Generator[None, None, str]:
 _GEMMA_NAME = re.compile(r"\s{0,64}call:([^\s<>{]{1,128})(?=\{)")
 
 
-def function_gemma(tape: Tape, parts: Parts) -> Reading:
-    """`<start_function_call>call:name{key:<escape>text<escape>,key:1}<end_function_call>`."""
-    marks = ("<end_function_call>", "<start_function_call>")
+def gemma(tape: Tape, parts: Parts, begin: str, end: str, quote: str) -> Reading:
+    """`<start_function_call>call:name{key:<escape>text<escape>,key:1}<end_function_call>`, with the
+    marks `begin` and `end`, and `quote` about strings."""
+    marks = (end, begin)
     mark = yield from tape.until(marks[1:], parts.content)
     while mark is not None:
         name = yield from tape.head(_GEMMA_NAME, marks)
         body, mark = yield from tape.collect(marks)
-        written = None if name is None else write_json(read_bare(body.strip()))
+        written = None if name is None else write_json(read_bare(body.strip(), quote))
         if name is None or written is None:
             parts.content(f"{marks[1]}{name[0] if name else ''}{body}")
         else:
@@ -218,24 +219,29 @@ def function_gemma(tape: Tape, parts: Parts) -> Reading:
             mark = yield from tape.until(marks[1:], parts.content)
 
 
-_BARE = re.compile(r"<escape>(.*?)<escape>|([{}\[\],:])|([^{}\[\],:<]+)", re.DOTALL)
+_BARE = re.compile(r"([{}\[\],:])|([^{}\[\],:<]+)")
 
 
-def read_bare(text: str) -> dict[str, Any] | None:
-    """FunctionGemma's objects: JSON with bare keys, and with `<escape>` for quotes."""
+def read_bare(text: str, quote: str) -> dict[str, Any] | None:
+    """Gemma's objects: JSON with bare keys, and with `quote` about strings."""
     written: list[str] = []
     place = 0
     while place < len(text):
+        if text.startswith(quote, place):
+            end = text.find(quote, place + len(quote))
+            if end < 0:
+                return None
+            written.append(_escape(text[place + len(quote) : end]))
+            place = end + len(quote)
+            continue
         match = _BARE.match(text, place)
         if match is None:
             return None
         place = match.end()
         if match[1] is not None:
-            written.append(_escape(match[1]))
-        elif match[2] is not None:
-            written.append(match[2])
+            written.append(match[1])
         else:
-            word = match[3].strip()
+            word = match[2].strip()
             is_key = text[place : place + 1] == ":"
             value = parse_json(word)
             is_json = isinstance(value, str) or word in ("", "null")

@@ -6,6 +6,9 @@ from kvserve.dialects import json_calls, markup_calls
 from kvserve.dialects.form import (
     DEEPSEEK,
     FUNCTION_GEMMA,
+    FUNCTION_GEMMA_MARKS,
+    GEMMA4,
+    GEMMA4_MARKS,
     GLM,
     HARMONY,
     LLAMA3,
@@ -100,7 +103,9 @@ def _calls(tape: Tape, parts: Parts, form: Form, functions: Mapping[str, object]
         case _ if form.calls == GLM:
             yield from markup_calls.glm(tape, parts, types)
         case _ if form.calls == FUNCTION_GEMMA:
-            yield from markup_calls.function_gemma(tape, parts)
+            yield from markup_calls.gemma(tape, parts, *FUNCTION_GEMMA_MARKS)
+        case _ if form.calls == GEMMA4:
+            yield from markup_calls.gemma(tape, parts, *GEMMA4_MARKS)
         case _ if form.calls == LLAMA3:
             yield from json_calls.llama3(tape, parts, frozenset(functions))
         case _ if form.calls == MISTRAL:

@@ -5,6 +5,7 @@ Runs on a thread of its own, so that decoding never waits for a long prompt or a
 
 import json
 import queue
+import re
 import sys
 import threading
 import traceback
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvserve.dialects.form import Form
+from kvserve.dialects.form import MARKERS, Form
 from kvserve.errors import InvalidRequest, KvserveError
 from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt
 from kvserve.worker.calls import CallConstraints
@@ -23,6 +24,8 @@ from kvserve.worker.llama import Vocab
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation, Limits, Tokens
+
+_MARKERS = re.compile(f"({'|'.join(map(re.escape, MARKERS))})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +168,13 @@ class Preparer:
         return None
 
     def _grammar_mark(self, text: str) -> str:
-        token = self._vocab.special(text)
-        return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
+        """Special tokens by their numbers, what stands between them as text."""
+        parts = [part for part in _MARKERS.split(text) if part]
+        tokens = [self._vocab.special(part) for part in parts]
+        return " ".join(
+            json.dumps(part, ensure_ascii=False) if token is None else f"<[{token}]>"
+            for part, token in zip(parts, tokens, strict=True)
+        )
 
     def _tokens(self, request: Generate) -> tuple[Tokens, Form | None]:
         prompt, form = request.prompt, None

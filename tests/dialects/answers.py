@@ -23,7 +23,8 @@ MISTRAL = Form("mistral", "[THINK]", "[/THINK]")
 DEEPSEEK = Form("deepseek", "<think>", "</think>")
 HARMONY = Form("harmony")
 GEMMA = Form("function_gemma")
-FORMS = (HERMES, QWEN_XML, GLM, LLAMA3, MISTRAL, DEEPSEEK, HARMONY, GEMMA)
+GEMMA4 = Form("gemma4", "<|channel>thought", "<channel|>")
+FORMS = (HERMES, QWEN_XML, GLM, LLAMA3, MISTRAL, DEEPSEEK, HARMONY, GEMMA, GEMMA4)
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,14 @@ CASES = {
         "Yes.",
     ),
     "gpt-oss, no channel": Case(HARMONY, '{"a": 1}', content='{"a": 1}'),
+    "gemma 4": Case(
+        GEMMA4,
+        "<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:weather{"
+        'city:<|"|>Pa"r<is<|"|>,days:2}<tool_call|><|tool_call>call:now{}<tool_call|>',
+        "Hm.",
+        "I look.",
+        (("weather", {"city": 'Pa"r<is', "days": 2}), NOW),
+    ),
     "functiongemma": Case(
         GEMMA,
         "<start_function_call>call:weather{city:<escape>Paris, {x}<escape>,days:2,"

@@ -127,7 +127,11 @@ def test_arguments_that_are_no_object_stay_text(renderer, arguments: str) -> Non
     ("source", "calls", "native", "listed"),
     [
         ("{% if tools %}<tool_call>", "hermes", True, False),
-        ("{% if tools %}<tool_call>\n<function=", "qwen_xml", True, False),
+        ("{% if tools %}<tool_call>\n<function=x><parameter=", "qwen_xml", True, False),
+        ("{% if tools %}<tool_call>\n<function=x>{", "hermes", False, False),
+        ("{% if tools %}<tool_calls>[", "hermes", False, False),
+        ("{% if tools %}<|tool_call>call:", "gemma4", True, False),
+        ('{{ tools }}<|start_header_id|>{"parameters": ', "llama3", True, False),
         ("{% if tools %}<tool_call><arg_key>", "glm", True, False),
         ("{% if tools %}[TOOL_CALLS]", "mistral", True, True),
         ("{% if tools %}[TOOL_CALLS]x[ARGS]", "mistral", True, False),
