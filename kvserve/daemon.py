@@ -17,6 +17,7 @@ import uvicorn
 from kvserve import __version__
 from kvserve.api.app import create_app
 from kvserve.api.config import ApiConfig
+from kvserve.api.malformed import JsonErrorProtocol
 from kvserve.core.lifecycle import Phase
 from kvserve.device.host import process_started_at
 from kvserve.errors import UsageError
@@ -172,6 +173,7 @@ def _uvicorn_config(
     )
     return uvicorn.Config(
         app,
+        http=JsonErrorProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -101,10 +101,14 @@ class Message(_Body):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """`POST /v1/chat/completions`. `reasoning_format` has llama-server's names: `none` leaves
-    reasoning in the text, the others take it out."""
+    """`POST /v1/chat/completions`.
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    `messages` are `Message`s, each checked by itself in `specs`: to check a hundred thousand at
+    once would stop all other threads. `reasoning_format` has llama-server's names: `none` leaves
+    reasoning in the text, the others take it out.
+    """
+
+    messages: Annotated[list[Any], Field(min_length=1)]
     max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

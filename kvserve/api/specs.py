@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from msgspec import structs
+from pydantic import ValidationError
 
 from kvserve.api.config import task_in
 from kvserve.api.response_format import read_response_format
@@ -69,13 +71,14 @@ def chat_specs(body: ChatCompletionRequest) -> tuple[GenerationSpec, ...]:
     Raises InvalidRequest, Unsupported.
     """
     _refuse_unsupported(body)
+    messages = tuple(_chat_message(value, i) for i, value in enumerate(body.messages))
     continue_final = bool(body.continue_final_message)
-    if continue_final and body.messages[-1].role != "assistant":
+    if continue_final and messages[-1].role != "assistant":
         raise InvalidRequest(
             "only a last message of the assistant can be continued", param="continue_final_message"
         )
     prompt = ChatPrompt(
-        messages=tuple(_chat_message(m, f"messages[{i}]") for i, m in enumerate(body.messages)),
+        messages=messages,
         template_kwargs=_template_kwargs(body.chat_template_kwargs or {}),
         continue_final=continue_final,
         tools=read_tools(
@@ -189,7 +192,15 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(encodable(stop, "stop") for stop in stops)
 
 
-def _chat_message(message: Message, where: str) -> ChatMessage:
+def _chat_message(value: object, index: int) -> ChatMessage:
+    try:
+        message = Message.model_validate(value)
+    except ValidationError as error:
+        place = ("body", "messages", index)
+        raise RequestValidationError(
+            [{**one, "loc": (*place, *one["loc"])} for one in error.errors()]
+        ) from None
+    where = f"messages[{index}]"
     calls = read_calls(message.tool_calls, f"{where}.tool_calls")
     if calls and message.role != "assistant":
         raise InvalidRequest(

@@ -191,11 +191,6 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
-    @property
-    def full(self) -> bool:
-        """Whether a new request must be refused."""
-        return len(self._jobs) >= self.limit
-
     def append(self, job: Job) -> None:
         """Put a new request at the end."""
         self._jobs.append(job)
