@@ -130,8 +130,21 @@ class CallConstraints:
         """The constraint of an answer; None where it may say what it likes. `grammar` is that of
         an answer that calls nothing, of JSON.
 
-        Raises InvalidRequest where a function's schema cannot be followed but must be.
+        Raises InvalidRequest where a function's schema cannot be followed but must be, with the
+        place of that function.
         """
+        try:
+            return self._make(tools, form, grammar, resume)
+        except InvalidRequest:
+            for i, schema in enumerate(functions_of(tools).values()):
+                text = json.dumps(schema)
+                param = f"tools[{i}].function.parameters"
+                self._grammars.starter(Grammar("json_schema", text), param=param)
+            raise
+
+    def _make(
+        self, tools: Tools, form: Form, grammar: Grammar | None, resume: Sequence[int]
+    ) -> Constraining | None:
         functions = functions_of(tools)
         if tools.only is not None:
             functions = {tools.only: functions[tools.only]}

@@ -56,6 +56,7 @@ class _Job:
     constraint: Constraining | None = None
     echo: PromptEcho | None = None
     form: Form | None = None
+    constrained_by: str = ""
     started: bool = False
 
 
@@ -173,6 +174,7 @@ class Engine:
             prepared.constraint,
             prepared.echo,
             prepared.form,
+            prepared.constrained_by,
         )
         generation, echo = job.generation, job.echo
         if generation.finish is None or (echo is not None and not echo.complete):
@@ -292,8 +294,11 @@ class Engine:
 
     def _refuse(self, job: _Job, problem: str) -> None:
         self._forget(job.id)
-        message = f"the grammar cannot be followed: {problem}"
-        self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
+        message = (
+            f"what the answer must look like became too complex to follow ({problem}): simplify "
+            "the schema, expression or grammar"
+        )
+        self._channel.send(Failed(job.id, "invalid_request", message, job.constrained_by))
 
     def _wishes(self, plan: Plan) -> list[Wish]:
         n_outputs = len(self._batch.outputs)

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from kvserve.dialects.grammar import WHITESPACE
 from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import Grammar
+from kvserve.worker.grammar_errors import explain, field_of, shorten
 
 _MOST_CHARS = 256 * 1024
-_MOST_ERROR_CHARS = 300
 _MOST_KNOWN = 16
 _MASK_THREADS = 4
-_PARAM = "response_format"
 _ANY_OBJECT = '{"type":"object"}'
 
 Row = NDArray[np.float32]
@@ -83,7 +82,7 @@ class Constraint:
     def _look_ahead(self) -> None:
         # While the mask is computed, the matcher can be asked nothing.
         self.complete = self._matcher.is_stopped()
-        self.error = _shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+        self.error = shorten(self._matcher.get_error()) if self._matcher.is_error() else None
         self._forbidden = None if self.complete else self._executor.submit(self._compute)
 
     def _compute(self) -> NDArray[np.bool_]:
@@ -110,16 +109,17 @@ class GrammarCompiler:
         self._known: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def compile(
-        self, grammar: Grammar, resume: Sequence[int] = (), *, param: str = _PARAM
+        self, grammar: Grammar, resume: Sequence[int] = (), *, param: str | None = None
     ) -> Constraint:
         """A constraint at its beginning, or after the tokens of `resume`.
 
-        Raises InvalidRequest for `param`, with llguidance's words, for what is no grammar or too
-        large a one.
+        Raises InvalidRequest for `param`, the grammar's own field unless given, for what is no
+        grammar or too large a one.
         """
+        param = param or field_of(grammar.kind)
         constraint = self.starter(grammar, param=param)(resume)
         if constraint.error is not None:
-            raise InvalidRequest(f"the grammar cannot go on: {constraint.error}", param=param)
+            raise InvalidRequest(explain(grammar.kind, constraint.error), param=param)
         return constraint
 
     def starter(self, grammar: Grammar, *, param: str) -> Starter:
@@ -145,11 +145,10 @@ class GrammarCompiler:
         try:
             text = _to_llguidance(grammar)
         except ValueError as error:
-            raise InvalidRequest(f"bad {grammar.kind}: {_shorten(error)}", param=param) from None
+            raise InvalidRequest(explain(grammar.kind, error), param=param) from None
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            problem = _shorten(matcher.get_error())
-            raise InvalidRequest(f"bad {grammar.kind}: {problem}", param=param)
+            raise InvalidRequest(explain(grammar.kind, matcher.get_error()), param=param)
         return matcher
 
 
@@ -167,8 +166,3 @@ def _to_llguidance(grammar: Grammar) -> str:
 
 def _from_schema(schema: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
-
-
-def _shorten(problem: object) -> str:
-    text = " ".join(str(problem).split())
-    return text if len(text) <= _MOST_ERROR_CHARS else f"{text[:_MOST_ERROR_CHARS]}…"

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvserve.dialects.form import MARKERS, Form
 from kvserve.errors import InvalidRequest, KvserveError
-from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt
+from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt, Tools
 from kvserve.worker.calls import CallConstraints
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraining, GrammarCompiler
@@ -31,7 +31,7 @@ _MARKERS = re.compile(f"({'|'.join(map(re.escape, MARKERS))})")
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request with its tokens. `late_text` is what its resumed tokens held back, where they
-    already end the answer."""
+    already end the answer, `constrained_by` the request's field that the constraint comes from."""
 
     id: int
     generation: Generation
@@ -42,6 +42,7 @@ class Prepared:
     constraint: Constraining | None = None
     echo: PromptEcho | None = None
     form: Form | None = None
+    constrained_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +155,14 @@ class Preparer:
             n_logprobs=request.n_logprobs,
             constraint=constraint,
             form=form,
+            constrained_by="response_format" if _tools(request) is None else "tools",
             echo=PromptEcho(request.id, prompt, request.n_logprobs, vocab.piece)
             if request.echo
             else None,
         )
 
     def _constraint(self, request: Generate, form: Form | None) -> Constraining | None:
-        tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else None
+        tools = _tools(request)
         if tools is not None and form is not None:
             return self._calls.make(tools, form, request.grammar, request.resume)
         if request.grammar is not None:
@@ -205,3 +207,7 @@ class Preparer:
             raise InvalidRequest(
                 f"{param} holds a token id outside 0 to {n_vocab - 1}", param=param
             )
+
+
+def _tools(request: Generate) -> Tools | None:
+    return request.prompt.tools if isinstance(request.prompt, ChatPrompt) else None

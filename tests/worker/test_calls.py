@@ -204,7 +204,7 @@ def test_a_schema_that_cannot_be_followed_matters_where_it_must_be() -> None:
     for choice in ({"strict": True}, {"required": True}):
         with pytest.raises(InvalidRequest, match="elsewhere") as caught:
             constraints().make(Tools(odd.text, **choice), HERMES, None, ())
-        assert caught.value.param == "tools"
+        assert caught.value.param == "tools[0].function.parameters"
 
 
 @pytest.fixture(scope="module")
@@ -239,4 +239,4 @@ def test_a_bad_schema_fails_its_request_alone(worker: Peer) -> None:
     prompt = ChatPrompt((ChatMessage("user", "Call."),), tools=bad)
     refusal = worker.complete(prompt).refusal
     assert isinstance(refusal, Failed)
-    assert (refusal.code, refusal.param) == ("invalid_request", "tools")
+    assert (refusal.code, refusal.param) == ("invalid_request", "tools[0].function.parameters")
