@@ -33,6 +33,7 @@ from kvserve.metrics import Metrics
 from kvserve.notify import Notifier
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.supervisor.preparing import Prepared
 from kvserve.supervisor.process import ProcessSpawner
 from kvserve.supervisor.status import Status
@@ -101,6 +102,8 @@ async def serve(
         cache_bytes=settings.cache_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
         serves_below_floor=settings.below_floor == "serve",
+        speculate="off" if settings.speculate == "off" else "ngram",
+        n_draft_each=settings.draft_max,
     )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)
@@ -108,7 +111,7 @@ async def serve(
         prepared.plan,
         policy,
         ProcessSpawner(listening.paths.worker_log),
-        prepared.planner,
+        MachinePlanner(prepared.decider),
         observer=metrics,
     )
     server = _Server(_uvicorn_config(prepared, listening, supervisor, metrics))

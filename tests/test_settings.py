@@ -394,3 +394,12 @@ def test_the_module_prints_the_table():
         env={**os.environ, "PYTHONWARNINGS": "error"},
     )
     assert run.stdout.startswith("| TOML key | Flag |")
+
+
+@pytest.mark.parametrize("table", ["", "[profiles.big]\n"])
+def test_the_size_to_plan_with_has_no_place_in_a_file(tmp_path, table):
+    path = tmp_path / "config.toml"
+    path.write_text(f'{table}vram_free = "7.6GiB"\n')
+    message = refusal(config=path)
+    assert "vram_free is for `kvserve plan --vram-free SIZE` alone" in message
+    assert message.startswith(f"{path}: ")

@@ -26,8 +26,8 @@ from kvserve.ipc.evaluating import EvalRequest, Reading
 from kvserve.ipc.messages import Load
 from kvserve.settings import Settings, load_settings
 from kvserve.supervisor.building import read_build
-from kvserve.supervisor.planning import Machines
-from kvserve.supervisor.process import worker_environment
+from kvserve.supervisor.deciding import Machines
+from kvserve.supervisor.loads import worker_environment
 from kvserve.supervisor.profiles import ProfileKey, Profiles, profile_key
 
 INTERRUPTED = 130

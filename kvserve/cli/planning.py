@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvserve.api.documents import plan_document
+from kvserve.api.plan_documents import plan_document
 from kvserve.cli.models import open_model
 from kvserve.cli.tables import plan_text
 from kvserve.core.dtypes import LADDER

@@ -137,8 +137,10 @@ def start(flags: Mapping[str, object], options: StartOptions) -> None:
 def _start_here(settings: Settings, teller: Teller) -> None:
     for warning in environment_warnings(os.environ):
         teller.say(f"note     {warning}")
+    if settings.vram_free is not None:
+        teller.say("note     vram_free is for `kvserve plan` alone: start plans with what is free")
     model = open_model(settings)
-    prepared = prepare(settings, model.file, model.id, confirm=True)
+    prepared = prepare(settings, model.file, model.id, confirm=True, ahead=True)
     listening = listen(prepared)
     configure_logs(
         level=settings.log_level,

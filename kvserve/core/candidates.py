@@ -58,6 +58,7 @@ def launch_on(
         n_ubatch=micro_batches(request)[0],
         n_gpu_layers=asked if device.backend is Backend.CUDA else 0,
         tensor_split=device.tensor_split,
+        n_draft=request.n_draft if shape.takes_back else 0,
     )
 
 

@@ -153,8 +153,16 @@ def _device(
 
     can_gpu = machine.build.cuda and bool(machine.gpus)
     if request.backend is Backend.CUDA and not can_gpu:
-        missing = "no GPU is visible" if machine.build.cuda else "llama.cpp was built without CUDA"
-        raise UsageError(f"--device cuda: {missing}; use --device cpu or auto", param="device")
+        raise UsageError(
+            f"--device cuda: {_no_gpu(machine)}; use --device cpu or auto", param="device"
+        )
+    if request.n_gpu_layers and (not can_gpu or request.backend is Backend.CPU):
+        on_cpu = request.backend is Backend.CPU
+        missing = "--device cpu uses no GPU" if on_cpu else _no_gpu(machine)
+        raise UsageError(
+            f"--gpu-layers {request.n_gpu_layers}: {missing}; leave it out, or give 0",
+            param="n_gpu_layers",
+        )
     host_free = reserved(machine.host.free_bytes)
     on_gpu = can_gpu and request.backend is not Backend.CPU and request.n_gpu_layers != 0
     if on_gpu and request.backend is None and request.n_gpu_layers is None:
@@ -176,6 +184,10 @@ def _device(
         tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
         findings=findings,
     )
+
+
+def _no_gpu(machine: Machine) -> str:
+    return "no GPU is visible" if machine.build.cuda else "llama.cpp was built without CUDA"
 
 
 def _has_room_for_a_layer(shape: ModelShape, machine: Machine, overheads: Overheads | None) -> bool:

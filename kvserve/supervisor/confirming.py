@@ -10,17 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
-import structlog
 
 from kvserve.core.findings import Findings, doubtful
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Estimate, Launch, Memory, Plan
 from kvserve.ipc.measuring import MeasureAnswer, Measured, MeasureRequest
-from kvserve.supervisor.launching import load_of
+from kvserve.supervisor.loads import load_of, worker_environment
 from kvserve.supervisor.measurements import Measurements
-from kvserve.supervisor.process import worker_environment
-
-log = structlog.get_logger(__name__)
 
 MEASURE_ARGV = (sys.executable, "-m", "kvserve.worker.measure")
 TIMEOUT_SECONDS = 30.0
@@ -87,7 +83,9 @@ class Oracle:
                 refused[launch] = answer.reason
         n_left = len(launches) - len(exact) - len(refused)
         if trouble or n_left:
-            log.warning(
+            import structlog  # noqa: PLC0415 - kvserve plan is faster without it
+
+            structlog.get_logger(__name__).warning(
                 "llama.cpp could not be asked about all launches; their sizes are computed",
                 n_unanswered=n_left,
                 reason=trouble or "the measuring process ended early",

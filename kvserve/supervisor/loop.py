@@ -36,6 +36,7 @@ from kvserve.ipc.messages import (
 from kvserve.supervisor.adapting import Adapting
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
+from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.news import Listener, News, PhaseEntered, WeightsLoaded
@@ -56,7 +57,6 @@ from kvserve.supervisor.states import (
     ChangePlanned,
     Draining,
     Ended,
-    Exit,
     Failing,
     Heard,
     Idle,
@@ -188,6 +188,9 @@ class Supervisor:
             n_failed=self._requests.n_failed,
             n_worker_deaths=self._history.n_worker_deaths,
             n_cells_used=self._requests.n_cells_used if self._requests.running else 0,
+            speculation=loaded.speculation if loaded else None,
+            n_drafted=self._requests.n_drafted,
+            n_accepted=self._requests.n_accepted,
             error=failing.error.message if failing else None,
             retry_at=self._wall_clock() + failing.retry_at - self._clock() if failing else None,
             reloads=self._history.reloads,

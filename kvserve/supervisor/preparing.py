@@ -10,32 +10,38 @@ from kvserve.settings import Settings
 from kvserve.supervisor.building import library_mark, read_build
 from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import Oracle
+from kvserve.supervisor.deciding import Decider, Machines
 from kvserve.supervisor.measurements import Measurements
-from kvserve.supervisor.planning import MachinePlanner, Machines
 from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, profile_key
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model, a machine and the decision; `planner` decides again when things change. `known` is
+    """A model, a machine and the decision; `decider` decides again when things change. `known` is
     what was measured of the model's quality."""
 
     settings: Settings
     model: ModelFile
     model_id: str
     machine: Machine
-    planner: MachinePlanner
+    decider: Decider
     plan: Plan
     known: Known = NOTHING_KNOWN
 
 
 def prepare(
-    settings: Settings, model: ModelFile, model_id: str, *, confirm: bool = False
+    settings: Settings,
+    model: ModelFile,
+    model_id: str,
+    *,
+    confirm: bool = False,
+    ahead: bool = False,
 ) -> Prepared:
     """Read the machine and decide. Raises DoesNotFit, UsageError, WorkerFailed.
 
-    With `confirm` llama.cpp is asked about the chosen launch and about those that a reload may
-    need, which takes a second or two; without it only what it said earlier counts.
+    With `confirm` llama.cpp is asked about the chosen launch, which takes a second; without it only
+    what it said earlier counts. With `ahead` it is asked in the same go about the launches that a
+    reload may need.
     """
     build = read_build(settings.state_dir / "build.json")
     machines = Machines(build)
@@ -48,14 +54,14 @@ def prepare(
     oracle = Oracle(str(model.path), measurements)
     backend = Backend.CPU if request.n_gpu_layers == 0 else request.backend
     known = Profiles().read(model_id, profile_key(model.identity, machine, backend))
-    planner = MachinePlanner(
+    decider = Decider(
         model.shape, request, machines, calibration, oracle=oracle, quality=known.quality
     )
     if confirm:
-        plan = planner.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=True)
+        plan = decider.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=ahead)
     else:
-        plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
-    return Prepared(settings, model, model_id, machine, planner, plan, known)
+        plan = decider.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
+    return Prepared(settings, model, model_id, machine, decider, plan, known)
 
 
 def _mark(machine: Machine) -> str:

@@ -144,6 +144,21 @@ def test_without_a_gpu_the_host_decides() -> None:
     assert pair_of(plan) == "f16:f16"
 
 
+@pytest.mark.parametrize(
+    ("box", "backend", "says"),
+    [
+        (machine(7.6, cuda=False), None, "llama.cpp was built without CUDA"),
+        (machine(None), None, "no GPU is visible"),
+        (machine(7.6), Backend.CPU, "--device cpu uses no GPU"),
+    ],
+)
+def test_layers_on_a_gpu_that_is_not_there_are_refused(box, backend, says) -> None:
+    with pytest.raises(UsageError, match=f"--gpu-layers 10: {says}; leave it out"):
+        select(llama3_8b(), box, Request(n_ctx=4096, n_gpu_layers=10, backend=backend))
+    none = Request(n_ctx=4096, n_gpu_layers=0, backend=backend)
+    assert select(llama3_8b(), box, none).chosen.launch.backend is Backend.CPU
+
+
 def test_a_build_without_cuda_uses_the_host_and_says_so_when_cuda_was_asked_for() -> None:
     box = machine(7.6, cuda=False)
     assert select(llama3_8b(), box, Request(8192)).chosen.launch.backend is Backend.CPU

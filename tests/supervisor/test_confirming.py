@@ -15,8 +15,9 @@ from kvserve.core.plan import Estimate, Launch, Memory, Plan, Request
 from kvserve.core.selector import select
 from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import MOST_ROUNDS, Oracle, confirm
+from kvserve.supervisor.deciding import Decider, Machines
 from kvserve.supervisor.measurements import MOST_LAUNCHES, MOST_MODELS, Measurements
-from kvserve.supervisor.planning import MachinePlanner, Machines
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.units import GIB
 from tests.core.shapes import llama3_8b, machine
 
@@ -99,7 +100,7 @@ def planner(tmp_path: Path, oracle: Said, vram_gib: float) -> MachinePlanner:
         gpu_process_memory=lambda _uuid, _pid: None, host_process_memory=lambda _pid: None,
     )  # fmt: skip
     calibration = Calibration(tmp_path / "calibration.json")
-    return MachinePlanner(llama3_8b(), REQUEST, machines, calibration, oracle=oracle)
+    return MachinePlanner(Decider(llama3_8b(), REQUEST, machines, calibration, oracle=oracle))
 
 
 def test_the_planner_confirms_what_it_decides(tmp_path: Path) -> None:

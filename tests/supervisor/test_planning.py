@@ -13,7 +13,8 @@ from kvserve.core.plan import Plan, Request
 from kvserve.core.shape import ModelShape
 from kvserve.ipc.messages import Loaded, MemoryReport
 from kvserve.supervisor.calibration import GROWTH_BYTES, Calibration
-from kvserve.supervisor.planning import MachinePlanner, Machines
+from kvserve.supervisor.deciding import Decider, Machines
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.units import GIB, MIB
 from tests.core.shapes import llama3_8b, machine, plain
 
@@ -61,7 +62,8 @@ class Box:
         )
         calibration = Calibration(path / "calibration.json")
         request = Request(n_ctx=32768)
-        return MachinePlanner(shape or llama3_8b(), request, machines, calibration, settle_seconds)
+        decider = Decider(shape or llama3_8b(), request, machines, calibration)
+        return MachinePlanner(decider, settle_seconds)
 
 
 def pair_of(plan: Plan) -> str:
