@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 
+from kvserve.dialects.form import Form
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
@@ -32,7 +33,7 @@ from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
-from kvserve.worker.grammar import Constraint
+from kvserve.worker.grammar import Constraining
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
@@ -56,8 +57,10 @@ class _Job:
     generation: Generation
     sampler: Sampler
     n_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraining | None = None
     echo: PromptEcho | None = None
+    form: Form | None = None
+    constrained_by: str = ""
     started: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -192,6 +195,8 @@ class Engine:
             prepared.n_logprobs,
             prepared.constraint,
             prepared.echo,
+            prepared.form,
+            prepared.constrained_by,
         )
         generation, echo = job.generation, job.echo
         if generation.finish is None or (echo is not None and not echo.complete):
@@ -201,7 +206,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._send(Started(job.id, job.generation.n_prompt))
+        self._send(Started(job.id, job.generation.n_prompt, job.form))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (_end(job, 0),), echoes=echoes)
@@ -223,7 +228,7 @@ class Engine:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._send(Started(job.id, job.generation.n_prompt))
+                self._send(Started(job.id, job.generation.n_prompt, job.form))
         begun = time.monotonic()
         if not self._decode(plan):
             return
@@ -392,8 +397,11 @@ class Engine:
     def _refuse(self, job: _Job) -> None:
         assert job.constraint is not None
         self._forget(job.id)
-        message = f"the grammar cannot be followed: {job.constraint.error}"
-        self._send(Failed(job.id, "invalid_request", message, "response_format"))
+        message = (
+            "what the answer must look like became too complex to follow "
+            f"({job.constraint.error}): simplify the schema, expression or grammar"
+        )
+        self._send(Failed(job.id, "invalid_request", message, job.constrained_by))
 
     def _wishes(self, plan: Plan, logits: Rows) -> list[Wish]:
         wishes, first = [], 0
