@@ -128,7 +128,11 @@ def max_context(
     shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: int, free_bytes: int
 ) -> int:
     """The longest context, a multiple of 256 up to the model's own, with which the launch fits
-    `free_bytes` of the device that decides; 0 where none does."""
+    `free_bytes` of the device that decides; 0 where none does.
+
+    With layers on both sides a longer one may fit again: copies of weights and cache share the
+    compute buffer there, and its holes move.
+    """
 
     def needed(n_steps: int) -> int:
         trial = with_context(launch, n_steps * N_CTX_PADDING)

@@ -12,6 +12,7 @@ from kvserve.core.candidates import (
     Device,
     best_split,
     launch_on,
+    longest,
     micro_batches,
     price,
     splits,
@@ -25,7 +26,6 @@ from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
     CPU_OVERHEADS,
     Overheads,
-    max_context,
     prior_overheads,
 )
 from kvserve.core.plan import Candidate, Plan, Request
@@ -229,13 +229,7 @@ def _refusals(
 
 def _longest(shape: ModelShape, request: Request, device: Device, allowed: list[CachePair]) -> int:
     lengths = [
-        max_context(
-            shape,
-            launch_on(shape, request, device, pair, shape.n_ctx_train),
-            device.overheads,
-            device.n_gpus,
-            device.free_bytes,
-        )
+        longest(shape, device, launch_on(shape, request, device, pair, shape.n_ctx_train))
         for pair in allowed
     ]
     return max(lengths) or min(shape.n_ctx_train, FALLBACK_CTX)

@@ -320,3 +320,48 @@ def test_a_gpu_too_full_for_a_single_layer_is_left_alone() -> None:
     assert (pair_of(plan), plan.chosen.launch.n_ctx) == ("f16:f16", 131072)
     asked = Request(n_ctx=8192, backend=Backend.CUDA)
     assert select(llama3_8b(), machine(2.0), asked).chosen.launch.backend is Backend.CUDA
+
+
+# Split plans in smaller micro-batches.
+
+
+def test_a_smaller_micro_batch_that_keeps_a_layer_of_a_small_model_on_the_gpu_is_taken() -> None:
+    request = Request(n_ctx=16384)
+    plan = select(llama3_8b(), machine(4.5), request)
+    usual = select(llama3_8b(), machine(4.5), replace(request, n_ubatch=512))
+    assert plan.chosen.launch.n_ubatch < 512
+    assert plan.chosen.launch.n_gpu_layers == usual.chosen.launch.n_gpu_layers + 1
+    assert plan.chosen.fits
+
+
+def test_a_layer_of_65_is_not_worth_a_smaller_micro_batch() -> None:
+    plan = select(qwen25_32b(), machine(7.6), Request(n_ctx=8192))
+    assert plan.chosen.launch.n_ubatch == 512
+    assert any(c.launch.n_ubatch < 512 for c in plan.candidates)
+
+
+@given(
+    vram_gib=st.floats(2.0, 7.0),
+    shape=st.sampled_from((llama3_8b(), plain(n_expert=64, n_expert_used=4))),
+)
+@settings(max_examples=15, deadline=None)
+def test_split_candidates_fit_and_one_more_layer_does_not(
+    vram_gib: float, shape: ModelShape
+) -> None:
+    box = machine(vram_gib)
+    try:
+        plan = select(shape, box, Request(n_ctx=8192))
+    except DoesNotFit:
+        return
+    at_work = {(c.launch.pair, c.launch.n_gpu_layers, c.launch.n_cpu_moe) for c in plan.candidates}
+    for pair, n, away in at_work:
+        if 0 < n <= shape.n_layer and not away:
+            fewest = min(
+                c.launch.n_ubatch for c in plan.candidates if c.launch.n_gpu_layers == n
+                and c.launch.pair == pair
+            )  # fmt: skip
+            more = Request(n_ctx=8192, pair=pair, n_gpu_layers=n + 1, n_ubatch=128)
+            assert fewest >= 128
+            if n == max(m for p, m, a in at_work if p == pair and m <= shape.n_layer and not a):
+                with pytest.raises(DoesNotFit):
+                    select(shape, box, more)

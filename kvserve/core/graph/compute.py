@@ -112,12 +112,14 @@ def _add_layer(frame: Frame, layer: LayerShape, residual: Tensor, inputs: _Input
     graph = frame.graph
     if layer.attention is not None or layer.recurrent is not None:
         x = frame.norm(residual)
-        outs = []
+        addends = [residual]
         if layer.attention is not None:
-            outs.append(add_attention(frame, x, layer, inputs))
+            addends.insert(0, add_attention(frame, x, layer, inputs))
         if layer.recurrent is not None:
-            outs.append(add_recurrent(frame, x, layer))
-        residual = graph.add(residual.n_bytes, *outs, residual, in_place=True)
+            # The delta rule's result is seen through a view: the sum takes the residual's place.
+            at = 0 if frame.widths(layer).ssm_in else len(addends)
+            addends.insert(at, add_recurrent(frame, x, layer))
+        residual = graph.add(residual.n_bytes, *addends, in_place=True)
     widths = frame.widths(layer)
     if widths.ff or widths.expert_ff:
         out = add_feed_forward(frame, frame.norm(residual), layer)
