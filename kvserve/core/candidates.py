@@ -4,13 +4,21 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from kvserve.core.cells import pad_context
+from kvserve.core.cells import pad_context, uses_gpu
+from kvserve.core.devices import share_out
 from kvserve.core.dtypes import LADDER, CachePair
 from kvserve.core.findings import Findings
 from kvserve.core.loss import Quality
 from kvserve.core.machine import Backend, Machine
-from kvserve.core.memory import Overheads, deciding, estimate, max_context, may_fit
-from kvserve.core.plan import Candidate, Estimate, Launch, Request
+from kvserve.core.memory import (
+    Overheads,
+    deciding,
+    estimate,
+    gpu_layer_bytes,
+    max_context,
+    may_fit,
+)
+from kvserve.core.plan import N_CTX_PADDING, Candidate, Estimate, Launch, Request
 from kvserve.core.shape import ModelShape
 from kvserve.core.speed import predict_tps
 from kvserve.units import format_bytes
@@ -24,15 +32,16 @@ host is copied to the GPU once for each, so that prefill takes up to as many tim
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The memory that decides, reserve taken off, and what a process costs there."""
+    """The memory that decides, reserve taken off, and what a process costs there; `free_each` is
+    that of every GPU where there are several."""
 
     backend: Backend
     free_bytes: int
     host_free_bytes: int
     overheads: Overheads
     n_gpus: int
-    tensor_split: tuple[float, ...]
     findings: Findings
+    free_each: tuple[int, ...] = ()
 
 
 MICRO_BATCHES = (512, 256, 128)
@@ -60,13 +69,13 @@ def launch_on(
         n_batch=request.n_batch,
         n_ubatch=micro_batches(request)[0],
         n_gpu_layers=asked if device.backend is Backend.CUDA else 0,
-        tensor_split=device.tensor_split,
     )
 
 
 def price(shape: ModelShape, machine: Machine, device: Device, launch: Launch) -> Candidate:
-    """Price one launch; the reason is filled in by `_judge`."""
+    """Price one launch, its layers shared out over the GPUs; `_judge` fills in the reason."""
     try:
+        launch = placed(shape, device, launch)
         computed = deciding(estimate(shape, launch, device.overheads, device.n_gpus), launch)
         priced = launch
     except ValueError:  # rows that do not divide into blocks; `why_impossible` tells it better
@@ -75,7 +84,7 @@ def price(shape: ModelShape, machine: Machine, device: Device, launch: Launch) -
     exact = launch in device.findings.exact
     bill = _bill(shape, device, priced)
     memory = deciding(bill, launch)
-    headroom = device.free_bytes - memory.total_bytes
+    headroom, where = _headroom(device, bill, launch)
     host_short = bill.host.total_bytes > device.host_free_bytes
     refusal = device.findings.refused.get(launch)
     return Candidate(
@@ -87,7 +96,7 @@ def price(shape: ModelShape, machine: Machine, device: Device, launch: Launch) -
         fits=headroom >= 0 and not host_short and refusal is None,
         reason=f"llama.cpp refuses it: {refusal}"
         if refusal is not None
-        else _shortage(headroom, bill.host.total_bytes - device.host_free_bytes),
+        else _shortage(headroom, where, bill.host.total_bytes - device.host_free_bytes),
         max_ctx=longest(shape, device, priced),
         predicted_tps=predict_tps(shape, priced, machine),
         exact=exact,
@@ -98,6 +107,8 @@ def price(shape: ModelShape, machine: Machine, device: Device, launch: Launch) -
 def longest(shape: ModelShape, device: Device, launch: Launch) -> int:
     """The longest context of a launch, by the formulas and by how far off they were for the same
     launch at the length nearest to it that llama.cpp laid out."""
+    if device.free_each and uses_gpu(launch):
+        return _longest_on_several(shape, device, launch)
 
     def fitting(free_bytes: int) -> int:
         return max_context(shape, launch, device.overheads, device.n_gpus, free_bytes)
@@ -107,13 +118,26 @@ def longest(shape: ModelShape, device: Device, launch: Launch) -> int:
     return fitting(device.free_bytes - error) if error else n_ctx
 
 
+def _longest_on_several(shape: ModelShape, device: Device, launch: Launch) -> int:
+    """The same with layers that move between the GPUs as the context grows."""
+
+    def fits(n_ctx: int) -> bool:
+        trial = placed(shape, device, replace(launch, n_ctx=n_ctx))
+        bill = estimate(shape, trial, device.overheads, device.n_gpus)
+        return _headroom(device, bill, trial)[0] >= 0
+
+    lengths = range(N_CTX_PADDING, pad_context(shape.n_ctx_train) + 1, N_CTX_PADDING)
+    n_fitting = bisect_left(lengths, True, key=lambda n_ctx: not fits(n_ctx))
+    return min(lengths[n_fitting - 1], shape.n_ctx_train) if n_fitting else 0
+
+
 def _bill(shape: ModelShape, device: Device, launch: Launch) -> Estimate:
     """The estimate, with llama.cpp's figures where it laid the launch out, and with its difference
     from the formulas where it laid out the same launch with another context."""
     bill = estimate(shape, launch, device.overheads, device.n_gpus)
     if launch in device.findings.exact:
         return device.findings.corrected(bill, launch)
-    error = _error_near(shape, device, launch)
+    error = 0 if bill.each else _error_near(shape, device, launch)
     if not error:
         return bill
     memory = deciding(bill, launch)
@@ -133,9 +157,26 @@ def _error_near(shape: ModelShape, device: Device, launch: Launch) -> int:
     return deciding(exact, nearest).total_bytes - deciding(bill, nearest).total_bytes
 
 
-def _shortage(headroom: int, host_shortage: int) -> str:
+def placed(shape: ModelShape, device: Device, launch: Launch) -> Launch:
+    """The launch with its layers shared out over the GPUs, where there are several."""
+    if not device.free_each or not uses_gpu(launch):
+        return launch
+    sizes = gpu_layer_bytes(shape, launch)
+    return share_out(shape, launch, device.free_each, device.overheads.gpu_bytes, sizes)
+
+
+def _headroom(device: Device, bill: Estimate, launch: Launch) -> tuple[int, str]:
+    """What is left on the device that decides, or on the fullest of several GPUs, and its name."""
+    if not bill.each:
+        return device.free_bytes - deciding(bill, launch).total_bytes, ""
+    left = [f - m.total_bytes for f, m in zip(device.free_each, bill.each, strict=True)]
+    gpu = left.index(min(left))
+    return left[gpu], f" for GPU {gpu}"
+
+
+def _shortage(headroom: int, where: str, host_shortage: int) -> str:
     if headroom < 0:
-        return f"{format_bytes(-headroom)} too big"
+        return f"{format_bytes(-headroom)} too big{where}"
     if host_shortage > 0:
         return f"{format_bytes(host_shortage)} short of host memory"
     return ""
@@ -158,8 +199,14 @@ def splits(
         for launch in found:
             yield price(shape, machine, device, launch)
         if not found:
-            on_host = replace(whole, backend=Backend.CPU, n_gpu_layers=0, tensor_split=())
-            host = replace(device, backend=Backend.CPU, free_bytes=device.host_free_bytes, n_gpus=1)
+            on_host = replace(whole, backend=Backend.CPU, n_gpu_layers=0)
+            host = replace(
+                device,
+                backend=Backend.CPU,
+                free_bytes=device.host_free_bytes,
+                n_gpus=1,
+                free_each=(),
+            )
             yield price(shape, machine, host, on_host)
         if shape.expert_bytes:
             by_experts = [replace(whole, n_cpu_moe=n) for n in range(1, shape.n_layer + 1)]
@@ -185,11 +232,12 @@ def _first_fitting(shape: ModelShape, device: Device, launches: list[Launch]) ->
     """The first launch that fits, of launches that take less and less of the GPU."""
 
     def fits(launch: Launch) -> bool:
-        if launch in device.findings.refused or not may_fit(
-            shape, launch, device.overheads, device.n_gpus, device.free_bytes
-        ):
+        if not may_fit(shape, launch, device.overheads, device.n_gpus, device.free_bytes):
             return False
-        return _bill(shape, device, launch).gpu.total_bytes <= device.free_bytes
+        launch = placed(shape, device, launch)
+        if launch in device.findings.refused:
+            return False
+        return _headroom(device, _bill(shape, device, launch), launch)[0] >= 0
 
     first = bisect_left(launches, True, key=fits)
     # Compute buffers do not always shrink with the layers: one that seemed too big may fit.

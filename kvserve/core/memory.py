@@ -5,8 +5,10 @@ buffers. docs/memory.md has the derivation and the measurements.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from kvserve.core.cells import cache_cells, first_gpu_layer, pad_context, uses_gpu
+from kvserve.core.devices import compute_of_gpus, layers_of_gpus
 from kvserve.core.dtypes import KvType, row_bytes
 from kvserve.core.graph.compute import compute_bytes, pinned_bytes
 from kvserve.core.plan import N_CTX_PADDING, Estimate, Launch, Memory
@@ -93,14 +95,19 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
         place.kv += kv_bytes(layer, launch)
         place.recurrent += recurrent_bytes(layer, launch)
     on_gpu = uses_gpu(launch)
-    return Estimate(
-        gpu=Memory(
+    each = _each_gpu(shape, launch, overheads) if on_gpu and len(launch.tensor_split) > 1 else ()
+    if each:
+        on_gpus = reduce(Memory.plus, each)
+    else:
+        on_gpus = Memory(
             weights_bytes=gpu.weights,
             kv_bytes=gpu.kv,
             recurrent_bytes=gpu.recurrent,
             compute_bytes=compute_bytes(shape, launch) * n_gpus if on_gpu else 0,
             runtime_bytes=overheads.gpu_bytes * n_gpus if on_gpu else 0,
-        ),
+        )
+    return Estimate(
+        gpu=on_gpus,
         host=Memory(
             weights_bytes=host.weights,
             kv_bytes=host.kv,
@@ -109,7 +116,39 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
             output_bytes=launch.n_parallel * shape.n_vocab * _F32,
             runtime_bytes=overheads.host_bytes,
         ),
+        each=each,
     )
+
+
+def gpu_layer_bytes(shape: ModelShape, launch: Launch) -> list[int]:
+    """Weights and caches of each layer on the GPUs, from the first one there to the output."""
+    sizes = []
+    for layer in shape.layers[first_gpu_layer(shape, launch) :]:
+        away = layer.expert_bytes if layer.index < launch.n_cpu_moe else 0
+        kept = kv_bytes(layer, launch) + recurrent_bytes(layer, launch)
+        sizes.append(layer.weights_bytes - away + kept)
+    return [*sizes, shape.output_bytes]
+
+
+def _each_gpu(shape: ModelShape, launch: Launch, overheads: Overheads) -> tuple[Memory, ...]:
+    """Every GPU's memory: its layers, its compute buffer, and a process."""
+    every = []
+    compute = compute_of_gpus(shape, launch)
+    for layers, compute_size in zip(layers_of_gpus(shape, launch), compute, strict=True):
+        weights = kv = recurrent = 0
+        for index in layers:
+            if index == shape.n_layer:
+                weights += shape.output_bytes
+                continue
+            layer = shape.layers[index]
+            away = layer.expert_bytes if index < launch.n_cpu_moe else 0
+            weights += layer.weights_bytes - away
+            kv += kv_bytes(layer, launch)
+            recurrent += recurrent_bytes(layer, launch)
+        every.append(
+            Memory(weights, kv, recurrent, compute_size, runtime_bytes=overheads.gpu_bytes)
+        )
+    return tuple(every)
 
 
 def may_fit(

@@ -169,19 +169,16 @@ def _device(
         on_gpu = _has_room_for_a_layer(shape, machine, overheads)
     if not on_gpu:
         prior = overheads or CPU_OVERHEADS
-        return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
+        return Device(Backend.CPU, host_free, host_free, prior, 1, findings)
     free = [reserved(gpu.free_bytes) for gpu in machine.gpus]
-    # A split by layers leaves up to one layer's worth unused on each further GPU.
-    grain = max((layer.weights_bytes for layer in shape.layers), default=0) * (len(free) - 1)
     capability = machine.gpus[0].compute_capability
-    total = sum(free)
     return Device(
         backend=Backend.CUDA,
-        free_bytes=total - grain,
+        free_bytes=sum(free),
         host_free_bytes=host_free,
         overheads=overheads or prior_overheads(capability, shape),
         n_gpus=len(free),
-        tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
+        free_each=tuple(free) if len(free) > 1 else (),
         findings=findings,
     )
 
