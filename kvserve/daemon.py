@@ -94,6 +94,8 @@ async def serve(
         cache_bytes=settings.cache_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
         serves_below_floor=settings.below_floor == "serve",
+        speculate="off" if settings.speculate == "off" else "ngram",
+        n_draft_each=settings.draft_max,
     )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)

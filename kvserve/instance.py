@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvserve.device.host import process_alive
 from kvserve.errors import UsageError
+from kvserve.whole_file import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +76,9 @@ def make_state_dir(state_dir: Path) -> None:
 
 def write_instance(paths: InstancePaths, instance: Instance) -> None:
     """Leave the record, whole or not at all. Raises UsageError where the disk takes none."""
-    fresh = paths.record.with_suffix(".new")
     try:
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(instance), file)
-        fresh.replace(paths.record)
+        replace_file(paths.record, json.dumps(asdict(instance)).encode(), 0o600)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
         raise UsageError(
             f"--state-dir {paths.record.parent} cannot be written to ({error.strerror}): make room "
             "there, or name another directory",

@@ -40,6 +40,11 @@ def status_document(status: Status, *, model_id: str, ready: bool, now: float) -
             "failed": status.n_failed,
         },
         "kv_cells_used": status.n_cells_used,
+        "speculation": {
+            "method": status.speculation,
+            "draft_tokens": status.n_drafted,
+            "accepted_tokens": status.n_accepted,
+        },
         "memory": None if plan is None else memory_check(plan.chosen, status.measured),
         "reloads": [_reload(record) for record in status.reloads],
         "plan": None if plan is None else plan_document(plan),

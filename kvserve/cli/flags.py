@@ -24,6 +24,8 @@ SHARED = (
     "min_top1",
     "device",
     "gpu_layers",
+    "speculate",
+    "draft_max",
     "reserve",
     "profile",
     "state_dir",

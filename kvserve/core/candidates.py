@@ -69,6 +69,7 @@ def launch_on(
         n_batch=request.n_batch,
         n_ubatch=micro_batches(request)[0],
         n_gpu_layers=asked if device.backend is Backend.CUDA else 0,
+        n_draft=request.n_draft if shape.takes_back else 0,
     )
 
 

@@ -19,11 +19,6 @@ from kvserve.core.shape import ModelShape
 _LEVELS = 12
 
 
-def n_gpus_of(launch: Launch) -> int:
-    """How many GPUs a launch uses."""
-    return max(1, len(launch.tensor_split))
-
-
 def layers_of_gpus(shape: ModelShape, launch: Launch) -> tuple[range, ...]:
     """The layers of each GPU; the output counts as layer `n_layer`."""
     first = first_gpu_layer(shape, launch)

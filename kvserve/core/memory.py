@@ -114,7 +114,8 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
             recurrent_bytes=host.recurrent,
             compute_bytes=pinned_bytes(shape, launch) if on_gpu else compute_bytes(shape, launch),
             output_bytes=launch.n_parallel * shape.n_vocab * _F32,
-            runtime_bytes=overheads.host_bytes,
+            # The first batch with drafted tokens makes the output buffer longer (output_reserve).
+            runtime_bytes=overheads.host_bytes + launch.n_draft * shape.n_vocab * _F32,
         ),
         each=each,
     )
@@ -217,6 +218,7 @@ def with_context(launch: Launch, n_ctx: int) -> Launch:
         n_cpu_moe=launch.n_cpu_moe,
         flash_attn=launch.flash_attn,
         tensor_split=launch.tensor_split,
+        n_draft=launch.n_draft,
     )
 
 

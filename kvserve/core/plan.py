@@ -36,7 +36,8 @@ class Request:
 
     `n_ctx` is the longest single request in tokens, None the longest that fits. `pair` fixes the
     KV types, `n_ubatch` the micro-batch, `floor` is the worst pair allowed, `reserve_bytes` stays
-    free for the rest of the machine (None: 3 % or 256 MiB, whichever is more).
+    free for the rest of the machine (None: 3 % or 256 MiB, whichever is more). A batch holds at
+    most `n_draft` tokens that speculation proposes.
     """
 
     n_ctx: int | None
@@ -52,6 +53,7 @@ class Request:
     reserve_bytes: int | None = None
     max_kld: float | None = None
     min_top1: float | None = None
+    n_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Launch:
     """The settings that a worker starts llama.cpp with; everything a reload may change.
 
     `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is how many of
-    them each GPU gets, empty with one GPU.
+    them each GPU gets, empty with one GPU. `n_draft` is how many tokens speculation may add to a
+    batch: the logits of each are wanted.
     """
 
     backend: Backend
@@ -72,6 +75,12 @@ class Launch:
     n_cpu_moe: int = 0
     flash_attn: bool = True
     tensor_split: tuple[float, ...] = ()
+    n_draft: int = 0
+
+    @property
+    def n_outputs(self) -> int:
+        """The most tokens of a batch whose logits are wanted."""
+        return self.n_parallel + self.n_draft
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from kvserve.ipc.evaluating import (
     Skipped,
     Timed,
 )
+from kvserve.whole_file import replace_file
 
 Result = Scored | Answered | Timed | Skipped
 _decoder = msgspec.json.Decoder(EvalAnswer)
@@ -50,9 +51,7 @@ class Partial:
             ) from error
         self._answers: list[Result | Finished] = self._read()
         lines = [msgspec.json.encode(each) for each in (_Head(fingerprint), *self._answers)]
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(b"".join(line + b"\n" for line in lines))
-        fresh.replace(path)
+        replace_file(path, b"".join(line + b"\n" for line in lines))
         self._file = path.open("ab")
 
     def __enter__(self) -> Self:

@@ -14,6 +14,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """Base of all messages; the class name is the tag."""
 
 
+Speculate = Literal["off", "ngram"]
+"""Where proposed tokens come from: nowhere, or from the sequence's own text."""
+
+
 class Load(Message, frozen=True):
     """Load the model and create the context. First message of a worker's life.
 
@@ -21,7 +25,8 @@ class Load(Message, frozen=True):
     keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
     weights off (they trap on some virtual machines). `carried` are files with the sequences that
     an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
-    conversations that have to leave the KV cache.
+    conversations that have to leave the KV cache. `speculate` says where proposed tokens come
+    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence.
     """
 
     model_path: str
@@ -40,6 +45,9 @@ class Load(Message, frozen=True):
     extra_buffers: bool = True
     carried: tuple[str, ...] = ()
     cache_ram_bytes: int = 0
+    speculate: Speculate = "off"
+    n_draft: int = 0
+    n_draft_each: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -209,7 +217,8 @@ class CarryReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Loaded(Message, frozen=True):
-    """The model answers. `template` says where the chat template comes from."""
+    """The model answers. `template` says where the chat template comes from, `speculation` how
+    tokens are proposed, or why they are not."""
 
     n_ctx: int
     n_ctx_train: int
@@ -219,6 +228,7 @@ class Loaded(Message, frozen=True):
     load_seconds: float
     flash_attn: bool = True
     carried: CarryReport | None = None
+    speculation: str = "off"
 
 
 class LoadFailed(Message, frozen=True):
@@ -301,7 +311,8 @@ class Step(Message, frozen=True):
 
     Sent also for a step that only prefills, as a sign of life. `n_cells_used` are KV cells of
     running requests, `n_cells_kept` those that hold prefixes for later ones and count as free.
-    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`.
+    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`. Of the
+    tokens in the batch `n_drafted` were proposed by speculation, and `n_accepted` were right.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -311,6 +322,8 @@ class Step(Message, frozen=True):
     n_cells_kept: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     echoes: tuple[Echo, ...] = ()
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 class Failed(Message, frozen=True):

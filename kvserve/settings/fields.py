@@ -13,6 +13,9 @@ from kvserve.core.plan import Request
 from kvserve.errors import UsageError
 from kvserve.settings import values
 
+_DRAFTED_TOGETHER = 16
+"""Proposed tokens of all requests in a step, where one alone may not have more."""
+
 
 class Settings(BaseModel):
     """All settings, checked. `load_settings` makes them; the fields' descriptions are the docs."""
@@ -94,6 +97,16 @@ class Settings(BaseModel):
         "auto",
         description="Most tokens computed at once; more is faster prefill and more memory. "
         "Never above `batch`. `auto` is 512, or 256 or 128 where a better KV type fits with that.",
+    )
+    speculate: Annotated[
+        Literal["auto", "off", "ngram"], BeforeValidator(values.choice("auto", "off", "ngram"))
+    ] = Field(
+        "auto",
+        description="Speculative decoding: `ngram` proposes what followed the last tokens where "
+        "the text had them before, as far as that is measured to pay; `auto` is `ngram`.",
+    )
+    draft_max: Annotated[int, BeforeValidator(values.whole(1, 64))] = Field(
+        8, description="Most tokens that speculation proposes for one request in a step, 1 to 64."
     )
     reserve: values.Reserve = Field(
         "auto",
@@ -213,6 +226,13 @@ class Settings(BaseModel):
         """`cache_ram` in bytes; None for `auto`."""
         return None if self.cache_ram == "auto" else self.cache_ram
 
+    @property
+    def n_draft(self) -> int:
+        """Most tokens that speculation may add to a batch: their logits take memory."""
+        if self.speculate == "off":
+            return 0
+        return min(self.draft_max * self.parallel, max(self.draft_max, _DRAFTED_TOGETHER))
+
     def growth(self, n_ctx_train: int) -> GrowthPolicy:
         """Return when the context of a model trained for `n_ctx_train` tokens moves by itself."""
         return GrowthPolicy(
@@ -249,4 +269,5 @@ class Settings(BaseModel):
             reserve_bytes=reserve_bytes,
             max_kld=self.max_kld,
             min_top1=self.min_top1,
+            n_draft=self.n_draft,
         )

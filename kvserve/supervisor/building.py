@@ -17,6 +17,7 @@ from kvserve.core.machine import Build
 from kvserve.core.support import parse_fa_quants
 from kvserve.errors import WorkerFailed
 from kvserve.supervisor.exits import Exit
+from kvserve.whole_file import replace_file
 
 PROBE_ARGV = (sys.executable, "-m", "kvserve.worker.probe")
 _TIMEOUT_SECONDS = 60
@@ -34,10 +35,8 @@ def read_build(cache: Path, argv: Sequence[str] = PROBE_ARGV) -> Build:
             return _build(known["version"], known["system_info"])
     version, system_info = ask_build(argv)
     with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(
-            json.dumps({"libraries": mark, "version": version, "system_info": system_info})
-        )
+        known = {"libraries": mark, "version": version, "system_info": system_info}
+        replace_file(cache, json.dumps(known).encode())
     return _build(version, system_info)
 
 

@@ -8,6 +8,7 @@ from kvserve.core.machine import Build, Gpu
 from kvserve.core.memory import Overheads, prior_overheads
 from kvserve.core.shape import ModelShape
 from kvserve.units import GIB, MIB
+from kvserve.whole_file import replace_file
 
 GROWTH_BYTES = 8 * MIB
 """What a worker may still add after its load."""
@@ -40,10 +41,7 @@ class Calibration:
         known = self._read()
         known[_key(gpu, build, shape)] = gpu_bytes + GROWTH_BYTES
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._path.with_suffix(".new")
-            fresh.write_text(json.dumps(known, indent=1))
-            fresh.replace(self._path)
+            replace_file(self._path, json.dumps(known, indent=1).encode())
         return True
 
     def _read(self) -> dict[str, object]:

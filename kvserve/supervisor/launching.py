@@ -9,7 +9,7 @@ from msgspec import structs
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
-from kvserve.ipc.messages import Load, Loaded, ToWorker
+from kvserve.ipc.messages import Load, Loaded, Speculate, ToWorker
 from kvserve.supervisor.loads import load_of
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
@@ -73,7 +73,8 @@ class Policy:
 
     `carry_bytes` is the host memory that sequences may take on their way to the next worker, None
     for a quarter of what is free then; `cache_bytes` those that had to leave a worker's KV cache,
-    None for an eighth.
+    None for an eighth. `speculate` says where proposed tokens come from, at most `n_draft_each` of
+    one sequence.
     """
 
     model_path: str
@@ -89,6 +90,8 @@ class Policy:
     cache_bytes: int | None = 0
     growth: GrowthPolicy = NO_GROWTH
     serves_below_floor: bool = True
+    speculate: Speculate = "off"
+    n_draft_each: int = 0
 
     def cache_limit(self, plan: Plan) -> int:
         """The host memory for what leaves the KV cache under a plan, in bytes."""
@@ -118,6 +121,8 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         extra_buffers=attempt.extra_buffers,
         carried=attempt.carried.paths,
         cache_ram_bytes=policy.cache_limit(attempt.plan),
+        speculate=policy.speculate,
+        n_draft_each=policy.n_draft_each,
     )
 
 

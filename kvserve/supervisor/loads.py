@@ -23,6 +23,7 @@ def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
         n_threads=n_threads,
         n_threads_batch=n_threads,
         tensor_split=launch.tensor_split,
+        n_draft=launch.n_draft,
     )
 
 

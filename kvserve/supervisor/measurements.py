@@ -10,6 +10,7 @@ import msgspec
 
 from kvserve.core.findings import Findings
 from kvserve.core.plan import Estimate, Launch
+from kvserve.whole_file import replace_file
 
 MOST_MODELS = 16
 MOST_LAUNCHES = 512
@@ -50,13 +51,7 @@ class Measurements:
         every[self._key] = entries[-MOST_LAUNCHES:]
         kept = dict(list(every.items())[-MOST_MODELS:])
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._path.with_suffix(".new")
-            try:
-                fresh.write_bytes(msgspec.json.encode(kept))
-                fresh.replace(self._path)
-            finally:
-                fresh.unlink(missing_ok=True)
+            replace_file(self._path, msgspec.json.encode(kept))
 
     def _file(self) -> _File:
         try:

@@ -13,6 +13,7 @@ import platformdirs
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.supervisor.building import library_mark
+from kvserve.whole_file import replace_file
 
 FORMAT = 1
 
@@ -88,10 +89,7 @@ class Profiles:
     def write(self, profile: Profile) -> Path:
         """Replace a model's file. Raises OSError where the directory cannot be written."""
         path = self.path(profile.model_id, profile.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
-        fresh.replace(path)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
         return path
 
 

@@ -69,6 +69,8 @@ class Requests:
         self.n_answered = 0
         self.n_failed = 0
         self.n_cells_used = 0
+        self.n_drafted = 0
+        self.n_accepted = 0
 
     def admit(self, job: Job) -> None:
         """Put a new request in line, or refuse it where the line is full."""
@@ -142,6 +144,10 @@ class Requests:
         """Deliver one decode step."""
         self.n_cells_used = message.n_cells_used
         self._observer.step(message.n_prefilled, sum(len(d.tokens) for d in message.deltas))
+        if message.n_drafted:
+            self.n_drafted += message.n_drafted
+            self.n_accepted += message.n_accepted
+            self._observer.drafted(message.n_drafted, message.n_accepted)
         for echo in message.echoes:
             job = self.running.get(echo.id)
             if job is not None:

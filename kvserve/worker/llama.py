@@ -6,7 +6,7 @@ Nothing here keeps state of requests. Calls are not thread-safe unless their doc
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -227,11 +227,11 @@ class Batch:
 
     def add(
         self,
-        tokens: NDArray[np.int32],
+        tokens: NDArray[np.int32] | Sequence[int],
         start: int,
         slot: int,
         *,
-        last: bool,
+        last: bool = False,
         scored: bool = False,
     ) -> None:
         """Append `tokens` at positions `start` and on of sequence `slot`; `last` asks for the
@@ -307,6 +307,7 @@ class Context:
         self._memory = memory
         self.n_ctx: int = ll.llama_n_ctx(self.raw)
         self.n_batch: int = ll.llama_n_batch(self.raw)
+        self.n_ubatch: int = ll.llama_n_ubatch(self.raw)
         self.n_seq_max: int = ll.llama_n_seq_max(self.raw)
         self.n_ctx_train: int = ll.llama_model_n_ctx_train(self._model)
 
@@ -321,13 +322,26 @@ class Context:
         template = ll.llama_model_chat_template(self._model, None)
         return template.decode("utf-8", "replace") if template else None
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `submit` returns before the batch is computed, as it does on a GPU."""
+        return self._n_gpu_layers > 0 and bool(ll.llama_supports_gpu_offload())
+
     def decode(self, batch: Batch) -> None:
         """Compute a batch; returns when it is done. Raises CacheFull or DecodeError."""
+        self.submit(batch)
+        self.wait()
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to compute a batch. Raises CacheFull or DecodeError."""
         status = ll.llama_decode(self.raw, batch.raw)
         if status == _NO_SLOT:
             raise CacheFull
         if status != 0:
             raise DecodeError(f"llama_decode returned {status}")
+
+    def wait(self) -> None:
+        """Return when the batch is computed."""
         ll.llama_synchronize(self.raw)
 
     def logits(self, n_outputs: int) -> NDArray[np.float32]:
@@ -408,6 +422,15 @@ class Context:
         shares = n_window == 0 and self.architecture != "deepseek4"
         n_spare = min(_N_SPARE, ll.llama_max_parallel_sequences() - ll.llama_n_seq_max(self.raw))
         return Rules(n_window or None, recurrent, shares, 0 if n_window or recurrent else n_spare)
+
+    @property
+    def cannot_take_back(self) -> str | None:
+        """Why the last tokens of a sequence cannot be removed again; None where they can."""
+        if self.architecture == "deepseek4":
+            return "its compressed cache cannot take tokens back"
+        if self.reuse_rules.recurrent:
+            return "its recurrent state cannot take tokens back"
+        return None
 
     @property
     def _cell_ext_bytes(self) -> int:
@@ -544,7 +567,7 @@ def _context_params(load: Load) -> ll.llama_context_params:
     params.n_batch = max(load.n_batch, load.n_seq_max)
     params.n_ubatch = load.n_ubatch
     # Without this the compute buffer holds logits for every token of a micro-batch.
-    params.n_outputs_max = load.n_seq_max
+    params.n_outputs_max = load.n_seq_max + load.n_draft
     params.n_outputs_max_per_seq = 1
     params.n_threads = load.n_threads
     params.n_threads_batch = load.n_threads_batch

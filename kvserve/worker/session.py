@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvserve.core.dtypes import CachePair, KvType
@@ -13,6 +14,9 @@ from kvserve.worker.carrying import Incoming
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.speculation.lookup import LookupProposer
+from kvserve.worker.speculation.proposal import Proposer
+from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.templates import ChatTemplate, choose
 
 _PROGRESS_FRAMES = 20
@@ -25,7 +29,12 @@ class _LoadedModel:
     template: ChatTemplate
 
 
-def serve(channel: WorkerChannel, inbox: Inbox) -> int:
+MakeSpeculator = Callable[[Proposer, int, int], Speculator]
+
+
+def serve(
+    channel: WorkerChannel, inbox: Inbox, make_speculator: MakeSpeculator = Speculator
+) -> int:
     """Wait for the load, greet, load, serve. Returns only where the model could not be loaded,
     with the exit status; otherwise the reader thread ends the process."""
     load, incoming = _wait_for_load(inbox)
@@ -40,7 +49,17 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
         channel.send(LoadFailed(error.message, error.out_of_memory))
         return 1
     context = model.context
-    engine = Engine(context, channel, model.renderer, inbox, load.n_seq_max, load.cache_ram_bytes)
+    speculator, speculation = _speculation(load, context, make_speculator)
+    engine = Engine(
+        context,
+        channel,
+        model.renderer,
+        inbox,
+        load.n_seq_max,
+        load.cache_ram_bytes,
+        speculator,
+        load.n_draft,
+    )
     carried = engine.take_in(incoming) if incoming is not None else None
     channel.send(
         Loaded(
@@ -52,10 +71,24 @@ def serve(channel: WorkerChannel, inbox: Inbox) -> int:
             load_seconds=time.monotonic() - begun,
             flash_attn=load.flash_attn,
             carried=carried,
+            speculation=speculation,
         )
     )
     engine.run()
     return 0
+
+
+def _speculation(
+    load: Load, context: llama.Context, make: MakeSpeculator
+) -> tuple[Speculator | None, str]:
+    """What proposes tokens, and its name, or why there is nothing."""
+    if load.speculate == "off":
+        return None, "off"
+    if (reason := context.cannot_take_back) is not None:
+        return None, f"off: {reason}"
+    if not load.n_draft:
+        return None, "off: the plan has no room for it"
+    return make(LookupProposer(), load.n_draft_each, load.n_draft), load.speculate
 
 
 def _incoming(message: Load | Transcode) -> Incoming | None:

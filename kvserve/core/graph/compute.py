@@ -27,9 +27,9 @@ micro-batches, which the GPUs work on one behind the other (ggml_backend_sched_n
 def compute_bytes(shape: ModelShape, launch: Launch) -> int:
     """The compute buffer of the device that runs the layers (llama_context::sched_reserve).
 
-    The graph of one full micro-batch with a token of logits for each sequence: the worker sets
-    `n_outputs_max` to the number of sequences, so that a whole micro-batch of logits is never
-    reserved. On a GPU the inputs are copies of the host's.
+    The graph of one full micro-batch with a token of logits for each sequence and each drafted
+    token: the worker sets `n_outputs_max` to their number, so that a whole micro-batch of logits is
+    never reserved. On a GPU the inputs are copies of the host's.
     """
     return part_bytes(shape, launch, range(shape.n_layer), output=True)
 
@@ -61,7 +61,7 @@ def _compute_bytes(shape: ModelShape, launch: Launch, part: "_Part") -> int:
     for scene in scenes:
         here = replace(frame, on_host=scene.on_host, experts_away=scene.experts_away)
         residual = _add_layer(here, shape.layers[scene.layer], residual, inputs)
-    n_outputs = min(frame.n_tokens, launch.n_parallel)
+    n_outputs = min(frame.n_tokens, launch.n_outputs)
     if part.output:
         last = graph.add(n_outputs * shape.n_embd * F32, residual)
         graph.use(*inputs.all())
