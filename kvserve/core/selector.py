@@ -9,6 +9,7 @@ numbers. Values in, values out.
 from dataclasses import replace
 
 from kvserve.core.candidates import (
+    MICRO_BATCHES,
     Device,
     best_split,
     launch_on,
@@ -240,6 +241,8 @@ def _judge(
         reason = chosen.reason or "chosen: the best quality that fits"
         if split:
             reason = "chosen: nothing allowed fits whole; best quality near the fastest split"
+            if candidate.launch.n_ubatch < min(MICRO_BATCHES[0], candidate.launch.n_batch):
+                reason += f", in micro-batches of {candidate.launch.n_ubatch} tokens"
     elif pair in refused:
         reason = refused[pair]
     elif not candidate.fits:

@@ -355,6 +355,7 @@ def test_a_smaller_micro_batch_that_keeps_a_layer_of_a_small_model_on_the_gpu_is
     assert plan.chosen.launch.n_ubatch < 512
     assert plan.chosen.launch.n_gpu_layers == usual.chosen.launch.n_gpu_layers + 1
     assert plan.chosen.fits
+    assert f"micro-batches of {plan.chosen.launch.n_ubatch}" in plan.chosen.reason
 
 
 def test_a_layer_of_65_is_not_worth_a_smaller_micro_batch() -> None:
