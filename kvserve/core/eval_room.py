@@ -3,6 +3,7 @@ Values in, values out."""
 
 from dataclasses import dataclass, replace
 
+from kvserve.core.candidates import micro_batches
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import CachePair
 from kvserve.core.loss import REFERENCE_PAIR
@@ -83,23 +84,22 @@ def longest_context(
     return low * N_CTX_PADDING
 
 
-def fits_whole(
+def whole_launch(
     shape: ModelShape,
     machine: Machine,
     request: Request,
     pair: CachePair,
     n_ctx: int,
     overheads: Overheads | None = None,
-) -> bool:
-    """Whether one context of `pair` fits with all layers on the device, or as many as were asked
-    for. Raises UsageError."""
+) -> Launch | None:
+    """The launch of one context of `pair` with all layers on the device, or as many as were asked
+    for; None where it does not fit. Raises UsageError."""
     layers = shape.n_layer + 1 if request.n_gpu_layers is None else request.n_gpu_layers
     asked = replace(_bare(request), n_ctx=n_ctx, pair=pair, n_gpu_layers=layers)
     try:
-        select(shape, machine, asked, overheads)
+        return select(shape, machine, asked, overheads).chosen.launch
     except DoesNotFit:
-        return False
-    return True
+        return None
 
 
 def _place(
@@ -125,9 +125,17 @@ def _place(
 
 
 def _bare(request: Request) -> Request:
-    """The request for one sequence and without any floor."""
+    """The request for one sequence, without any floor, and with one micro-batch for all pairs: what
+    is compared shall differ in its types alone."""
     return replace(
-        request, n_parallel=1, floor=None, task=None, also=None, max_kld=None, min_top1=None
+        request,
+        n_parallel=1,
+        n_ubatch=micro_batches(request)[0],
+        floor=None,
+        task=None,
+        also=None,
+        max_kld=None,
+        min_top1=None,
     )
 
 
@@ -151,7 +159,7 @@ def _beside_bytes(
         n_ctx=pad_context(need.n_ctx),
         n_parallel=1,
         n_batch=request.n_batch,
-        n_ubatch=request.n_ubatch or request.n_batch,
+        n_ubatch=micro_batches(request)[0],
         n_gpu_layers=shape.n_layer + 1 if on_gpu else 0,
     )
     bill = estimate(shape, launch, overheads or prior_overheads(None, shape), 1)

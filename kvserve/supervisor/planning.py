@@ -57,7 +57,8 @@ class Machines:
 
 
 class MachinePlanner:
-    """Plans for one model and one standing request, of which only the context changes."""
+    """Plans for one model and one standing request, of which only the context changes. `quality`
+    gives what was measured, at each plan anew."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class MachinePlanner:
         calibration: Calibration,
         settle_seconds: float = GPU_SETTLE_SECONDS,
         oracle: Asker | None = None,
-        quality: Quality = NOTHING_MEASURED,
+        quality: Callable[[], Quality] = lambda: NOTHING_MEASURED,
     ) -> None:
         self._shape = shape
         self._request = request
@@ -100,7 +101,7 @@ class MachinePlanner:
         is the last word."""
         launch = plan.chosen.launch
         request = replace(self._request, n_ctx=launch.n_ctx, also=task)
-        return why_below(launch.pair, self._shape, request, self._quality) is None
+        return why_below(launch.pair, self._shape, request, self._quality()) is None
 
     def decide(
         self,
@@ -169,7 +170,7 @@ class MachinePlanner:
             reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
             request = replace(request, reserve_bytes=reserve)
         overheads = self._calibration.overheads(machine.gpus, machine.build, self._shape)
-        return select(self._shape, machine, request, overheads, findings, self._quality)
+        return select(self._shape, machine, request, overheads, findings, self._quality())
 
     async def wait_for_room(self, plan: Plan) -> bool:
         """Poll until the plan's memory is free; False where it stays taken."""

@@ -12,7 +12,7 @@ from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import Oracle
 from kvserve.supervisor.measurements import Measurements
 from kvserve.supervisor.planning import MachinePlanner, Machines
-from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, profile_key
+from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, ProfileWatch, profile_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,20 @@ def prepare(
     )
     oracle = Oracle(str(model.path), measurements)
     backend = Backend.CPU if request.n_gpu_layers == 0 else request.backend
-    known = Profiles().read(model_id, profile_key(model.identity, machine, backend))
+    watch = ProfileWatch(Profiles(), model_id, profile_key(model.identity, machine, backend))
     planner = MachinePlanner(
-        model.shape, request, machines, calibration, oracle=oracle, quality=known.quality
+        model.shape,
+        request,
+        machines,
+        calibration,
+        oracle=oracle,
+        quality=lambda: watch.read().quality,
     )
     if confirm:
         plan = planner.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=True)
     else:
         plan = planner.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
-    return Prepared(settings, model, model_id, machine, planner, plan, known)
+    return Prepared(settings, model, model_id, machine, planner, plan, watch.read())
 
 
 def _mark(machine: Machine) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kvserve.core.dtypes import parse_pair
-from kvserve.core.eval_room import Need, fits_whole, longest_context, place
+from kvserve.core.eval_room import Need, longest_context, place, whole_launch
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Request, Task
 from kvserve.errors import DoesNotFit
@@ -71,6 +71,14 @@ def test_rows_and_copies_on_the_host_count() -> None:
 
 def test_pairs_that_fit_whole_are_told_from_those_that_do_not() -> None:
     box = machine(7.6)
-    whole = {p: fits_whole(llama3_8b(), box, ASKED, parse_pair(p), 32768) for p in ("f16", "q4_0")}
-    assert whole == {"f16": False, "q4_0": True}
-    assert fits_whole(llama3_8b(), box, ASKED, parse_pair("f16"), 8192)
+    whole = {
+        p: whole_launch(llama3_8b(), box, ASKED, parse_pair(p), 32768) for p in ("f16", "q4_0")
+    }
+    assert whole["f16"] is None
+    assert whole["q4_0"] is not None
+    assert whole["q4_0"].n_gpu_layers == 33
+    assert whole_launch(llama3_8b(), box, ASKED, parse_pair("f16"), 8192) is not None
+    few = replace(ASKED, n_gpu_layers=20)
+    asked = whole_launch(llama3_8b(), box, few, parse_pair("f16"), 32768)
+    assert asked is not None
+    assert asked.n_gpu_layers == 20

@@ -88,7 +88,11 @@ def test_speeds_join_the_same_profile(model: Path, home: Path) -> None:
         (pair, depth) for pair in ("f16:f16", "q4_0:q4_0") for depth in (0, 64, 128)
     ]
     [profile] = (home / "kvserve" / "profiles").glob("*.json")
+    # What bandwidth alone would give is told and kept beside what was measured.
+    assert {s["predicted_ratio"] for s in speeds if s["pair"] == "f16:f16"} == {1.0}
+    assert all(s["predicted_ratio"] > 1 for s in speeds if s["pair"] != "f16:f16" and s["depth"])
     kept = json.loads(profile.read_text())["quality"]
+    assert kept["speeds"][-1]["predicted_ratio"] == speeds[-1]["predicted_ratio"]
     assert len(kept["speeds"]) == 6
     assert kept["losses"]
 
@@ -141,4 +145,23 @@ def test_wrong_flags_are_one_line(
     done = kvserve(model, home, "eval", *flags)
     assert done.returncode == 2
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_without_room_nothing_is_loaded_and_the_options_are_named(
+    model: Path, home: Path, command: str
+) -> None:
+    flags = ("--quick",) if command == "eval" else ("--kv", "--cpu")
+    environment = os.environ | {"XDG_DATA_HOME": str(home), "KVSERVE_RESERVE": "9999GiB"}
+    done = subprocess.run(
+        argv(model, home, command, *flags),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "no context fits; or make room (`kvserve stop`)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
