@@ -127,7 +127,8 @@ def _within_room(target: Target, scope: Scope) -> Scope:
 def _place(target: Target, scope: Scope, asked: tuple[Prompted, ...]) -> Placed:
     """Where the weights go, with room for all that is measured. Raises DoesNotFit, UsageError."""
     n_task = max((_at_most(prompt) for prompt in asked), default=0)
-    tasks = Need(min(n_task, target.model.shape.n_ctx_train), 1, N_OUTPUTS)
+    n_ctx = min(n_task, target.model.shape.n_ctx_train)
+    tasks = Need(n_ctx, 1, N_OUTPUTS, flag="--quick, or --tasks within")
     if not scope.depths:
         return target.place(tasks)
     placed = target.place(_text_need(target, scope))

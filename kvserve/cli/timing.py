@@ -93,7 +93,7 @@ def _place(
                 break
     if launches:
         return target.placed(launches[0]), structs.replace(pacing, deepest=deepest)
-    need = Need(pacing.n_ctx, 1, N_OUTPUTS)
+    need = Need(pacing.n_ctx, 1, N_OUTPUTS, flag="--depths", n_beside=pacing.n_beside)
     longest = target.longest(need) - pacing.n_beside
     if shrink and 0 <= longest < max(pacing.depths):
         fitting = tuple(dict.fromkeys(min(depth, longest) for depth in pacing.depths))

@@ -77,7 +77,6 @@ def read_target(settings: Settings, model: ModelFile) -> Target:
     machine = Machines(read_build(settings.state_dir / "build.json")).read()
     request = settings.to_request(machine)
     calibration = Calibration(settings.state_dir / "calibration.json")
-    # What is learnt of GPUs says nothing of a process that does without.
     overheads = calibration.overheads(machine.gpus, machine.build, model.shape)
     return Target(settings, model, machine, request, overheads)
 

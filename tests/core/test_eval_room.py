@@ -62,6 +62,16 @@ def test_where_not_even_the_weights_fit_no_context_does() -> None:
         place(llama3_8b(), host, ASKED, TWO)
 
 
+def test_what_comes_on_top_of_the_flag_is_taken_off_again() -> None:
+    need = Need(32768, flag="--depths", n_beside=578)
+    host = machine(None, host_gib=7.0)
+    longest = longest_context(llama3_8b(), host, ASKED, need)
+    with pytest.raises(DoesNotFit, match=f"--depths {longest - 578} fits") as caught:
+        place(llama3_8b(), host, ASKED, need)
+    assert caught.value.options == (f"--depths {longest - 578}",)
+    assert caught.value.param == "depths"
+
+
 def test_rows_and_copies_on_the_host_count() -> None:
     host = machine(None, host_gib=9.0)
     free = longest_context(llama3_8b(), host, ASKED, replace(TWO, n_ctx=32768))
