@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.daemons import Daemon
 from tests.models import write_model
 
 QUICK = ("--quick", "--ctx", "256", "--chunks", "1", "--seed", "5")
@@ -165,3 +166,23 @@ def test_without_room_nothing_is_loaded_and_the_options_are_named(
     assert done.returncode == 3
     assert "no context fits; or make room (`kvserve stop`)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_daemon_goes_by_what_is_measured_beside_it(model: Path, tmp_path: Path) -> None:
+    flags = ("--model", str(model), "--device", "cpu", "--ctx", "256", "--threads", "1")
+
+    def losses(daemon: Daemon) -> dict[str, dict[str, object]]:
+        found = daemon.get("/admin/plan?ctx=256").json()["candidates"]
+        return {f"{c['cache_type_k']}:{c['cache_type_v']}": c["loss"] for c in found}
+
+    with Daemon(tmp_path / "state", *flags, XDG_DATA_HOME=str(tmp_path)) as daemon:
+        before = losses(daemon)
+        assert not any(loss and loss["measured"] for loss in before.values())
+        done = kvserve(model, tmp_path, "eval", *QUICK, "--pairs", "q4_0", "--json")
+        assert done.returncode == 0, done.stderr
+        after = losses(daemon)
+        assert {pair for pair, loss in after.items() if loss and loss["measured"]} == {
+            "f16:f16",
+            "q4_0:q4_0",
+        }
+        assert daemon.status()["worker_deaths"] == 0
