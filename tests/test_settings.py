@@ -153,6 +153,11 @@ def test_values_are_read(load, field, value, read):
         ("max_ctx", 4096, "--max-ctx: 4096 is below the context of 8192"),
         ("parallel", 500, "--parallel: 500 is out of range: write a whole number, from 1 to 256"),
         ("parallel", "x", "--parallel: 'x' is not a whole number"),
+        (
+            "threads",
+            "none",
+            "--threads: 'none' is not a whole number: write one, from 1 to 1024, or",
+        ),
         ("parallel", 1.5, "--parallel: 1.5 is not a whole number"),
         ("cache_type", "q3_0", "--cache-type: 'q3_0' is not a cache type: write one of f32, f16"),
         ("cache_type", "q8_0:", "--cache-type: 'q8_0:' is not a cache type"),

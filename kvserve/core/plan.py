@@ -85,8 +85,8 @@ class Request:
 class Launch:
     """The settings that a worker starts llama.cpp with; everything a reload may change.
 
-    `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is each GPU's
-    share of the layers, empty with one GPU. `n_draft` is how many tokens speculation may add to a
+    `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is how many of
+    them each GPU gets, empty with one GPU. `n_draft` is how many tokens speculation may add to a
     batch: the logits of each are wanted.
     """
 
@@ -136,6 +136,17 @@ class Memory:
             + self.draft_bytes
         )
 
+    def plus(self, other: "Memory") -> "Memory":
+        """Both together, item by item."""
+        return Memory(
+            weights_bytes=self.weights_bytes + other.weights_bytes,
+            kv_bytes=self.kv_bytes + other.kv_bytes,
+            recurrent_bytes=self.recurrent_bytes + other.recurrent_bytes,
+            compute_bytes=self.compute_bytes + other.compute_bytes,
+            output_bytes=self.output_bytes + other.output_bytes,
+            runtime_bytes=self.runtime_bytes + other.runtime_bytes,
+        )
+
     @property
     def own_bytes(self) -> int:
         """What llama.cpp itself tells of a context: cache, state, compute and output."""
@@ -144,10 +155,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A launch's memory on the GPUs (all together) and on the host."""
+    """A launch's memory on the GPUs (all together) and on the host; `each` has every GPU's where
+    there are several."""
 
     gpu: Memory
     host: Memory
+    each: tuple[Memory, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,13 @@ class Settings(BaseModel):
         description="What becomes of a request whose task needs better KV types than any plan has: "
         "`serve` with a warning in a header, or `refuse` with 409.",
     )
+    reasoning_format: Annotated[
+        Literal["auto", "none"], BeforeValidator(values.choice("auto", "none"))
+    ] = Field(
+        "auto",
+        description="Where a model's reasoning goes: `auto` tells it as `reasoning_content`, "
+        "`none` leaves it in the text.",
+    )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
     )

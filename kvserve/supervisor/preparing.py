@@ -14,7 +14,7 @@ from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import Oracle
 from kvserve.supervisor.deciding import Decider, Machines
 from kvserve.supervisor.measurements import Measurements
-from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, profile_key
+from kvserve.supervisor.profiles import NOTHING_KNOWN, Known, Profiles, ProfileWatch, profile_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +57,20 @@ def prepare(
     )
     oracle = Oracle(str(model.path), measurements)
     backend = Backend.CPU if request.n_gpu_layers == 0 else request.backend
-    known = Profiles().read(model_id, profile_key(model.identity, machine, backend))
+    watch = ProfileWatch(Profiles(), model_id, profile_key(model.identity, machine, backend))
     decider = Decider(
-        model.shape, request, machines, calibration, oracle=oracle, quality=known.quality
+        model.shape,
+        request,
+        machines,
+        calibration,
+        oracle=oracle,
+        quality=lambda: watch.read().quality,
     )
     if confirm:
         plan = decider.decide_confirmed(machine, request.n_ctx, 0, 0, ahead=ahead)
     else:
         plan = decider.decide(machine, request.n_ctx, returning_bytes=0, n_out_of_memory=0)
-    return Prepared(settings, model, model_id, machine, decider, plan, known, draft)
+    return Prepared(settings, model, model_id, machine, decider, plan, watch.read(), draft)
 
 
 def with_draft(request: Request, draft: ModelFile | None, model: ModelFile) -> Request:

@@ -174,7 +174,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._outbox.send(Started(job.id, job.generation.n_prompt))
+        self._outbox.send(Started(job.id, job.generation.n_prompt, job.form))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (job.end(0),), echoes=echoes)
@@ -196,7 +196,7 @@ class Engine:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._outbox.send(Started(job.id, job.generation.n_prompt))
+                self._outbox.send(Started(job.id, job.generation.n_prompt, job.form))
         begun = time.monotonic()
         if not self._decode(plan):
             return
@@ -325,8 +325,11 @@ class Engine:
     def _refuse(self, job: Job) -> None:
         assert job.constraint is not None
         self._forget(job.id)
-        message = f"the grammar cannot be followed: {job.constraint.error}"
-        self._outbox.send(Failed(job.id, "invalid_request", message, "response_format"))
+        message = (
+            "what the answer must look like became too complex to follow "
+            f"({job.constraint.error}): simplify the schema, expression or grammar"
+        )
+        self._outbox.send(Failed(job.id, "invalid_request", message, job.constrained_by))
 
     def _send_step(
         self,

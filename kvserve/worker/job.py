@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from kvserve.dialects.form import Form
 from kvserve.ipc.messages import Delta, End
-from kvserve.worker.grammar import Constraint
+from kvserve.worker.grammar import Constraining
 from kvserve.worker.llama import Vocab
 from kvserve.worker.prepare import Prepared
 from kvserve.worker.sampling import Sampler
@@ -14,14 +15,17 @@ from kvserve.worker.speculation.proposal import Ask
 
 @dataclass(slots=True)
 class Job:
-    """`text` and `tokens` are what was drawn since the last delta."""
+    """`constrained_by` names the field that asks for its constraint; `text` and `tokens` are what was
+    drawn since the last delta."""
 
     id: int
     generation: Generation
     sampler: Sampler
     n_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraining | None = None
     echo: PromptEcho | None = None
+    form: Form | None = None
+    constrained_by: str = ""
     started: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -36,6 +40,8 @@ class Job:
             prepared.n_logprobs,
             prepared.constraint,
             prepared.echo,
+            prepared.form,
+            prepared.constrained_by,
         )
 
     @property

@@ -6,7 +6,7 @@ Nothing here keeps state of requests. Calls are not thread-safe unless their doc
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,7 @@ class Vocab:
         self.bos: int | None = bos if 0 <= bos < self.n_tokens else None
         self.adds_bos: bool = ll.llama_vocab_get_add_bos(vocab) and self.bos is not None
         self._end_tokens: NDArray[np.int64] | None = None
+        self._shown: dict[int, bytes] = {}
 
     @property
     def bos_text(self) -> str:
@@ -192,13 +193,37 @@ class Vocab:
         return tokens[:n].copy()
 
     def piece(self, token: int) -> bytes:
-        """The token's part of a text; empty for control tokens, maybe a part of a character."""
+        """The token's part of a text; empty for control tokens that are not shown, maybe a part of
+        a character."""
+        shown = self._shown.get(token)
+        if shown is not None:
+            return shown
         for size in (_PIECE_BYTES, 4096, 2**20):
             buffer = ctypes.create_string_buffer(size)
             n = ll.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
         return b""
+
+    def show(self, markers: Iterable[str]) -> None:
+        """Give those of `markers` that are control tokens a text in answers: their own."""
+        for text in markers:
+            token = self.special(text)
+            if token is not None and not self.ends(token):
+                self._shown[token] = text.encode()
+
+    def special(self, text: str) -> int | None:
+        """The token that `text` is, where llguidance takes that token for a special one."""
+        tokens = self.tokenize(text, add_special=False, parse_special=True)
+        if len(tokens) != 1:
+            return None
+        token = int(tokens[0])
+        kind = ll.llama_vocab_get_attr(self._vocab, token)
+        bracketed = text.startswith("<") and text.endswith(">")
+        is_special = kind & ll.LLAMA_TOKEN_ATTR_CONTROL or (
+            kind & ll.LLAMA_TOKEN_ATTR_USER_DEFINED and bracketed
+        )
+        return token if is_special else None
 
     def has(self, text: str) -> bool:
         """Whether `text` is one special token."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from kvserve.core.dtypes import CachePair, KvType
+from kvserve.dialects.form import MARKERS
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress, Transcode
 from kvserve.worker import llama
@@ -163,6 +164,7 @@ def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:
     context = llama.Context(load, log, on_progress)
     log.close_load()
     vocab = context.vocab
+    vocab.show(MARKERS)
     template = choose(context.architecture, context.chat_template, vocab.has)
     renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
     renderer.start()
