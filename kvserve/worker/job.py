@@ -15,8 +15,8 @@ from kvserve.worker.speculation.proposal import Ask
 
 @dataclass(slots=True)
 class Job:
-    """`constrained_by` names the field that asks for its constraint; `text` and `tokens` are what was
-    drawn since the last delta."""
+    """`constrained_by` names the field that asks for its constraint; `text` and `tokens` are what
+    was drawn since the last delta."""
 
     id: int
     generation: Generation
