@@ -1,5 +1,5 @@
-"""llama_cpp comes before numpy in every process that loads a model: the other order ends a CUDA build
-at its first load."""
+"""llama_cpp comes before numpy in every process that loads a model: the other order ends a CUDA
+build at its first load."""
 
 import subprocess
 import sys
