@@ -2,8 +2,10 @@
 
 SHARE = 0.008
 """Of all the time that decoding takes, so much may be lost on trials that win nothing."""
-_MOST_STEPS = 2.0
-"""What was won earlier, or is given at the beginning, pays for no more than so many steps' time."""
+_GIVEN = 3.0
+"""Steps' time to begin with."""
+_MOST_SAVED = 20.0
+"""What was won earlier pays for no more than so many steps' time."""
 _MOST_OWED = 5.0
 """Steps' time that losses may add up to."""
 
@@ -26,8 +28,8 @@ class Ledger:
     def observe(self, step_seconds: float, won_seconds: float, spent_seconds: float = 0.0) -> None:
         """Note a step which would take `step_seconds` without speculation, what it won (negative:
         lost), and the time that was spent to propose."""
-        before = self.balance_seconds if self._begun else _MOST_STEPS * step_seconds
+        before = self.balance_seconds if self._begun else _GIVEN * step_seconds
         self._begun = True
         balance = before + SHARE * step_seconds + won_seconds
         balance = max(balance, min(before, -_MOST_OWED * step_seconds))
-        self.balance_seconds = min(balance, _MOST_STEPS * step_seconds) - spent_seconds
+        self.balance_seconds = min(balance, _MOST_SAVED * step_seconds) - spent_seconds
