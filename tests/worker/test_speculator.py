@@ -51,11 +51,12 @@ def test_acceptance_begins_with_the_prior_and_follows_what_happens() -> None:
     assert one.rate(2) == 0.5
     for _ in range(50):
         one.observe(2, accepted=True)
-    assert one.rate(2) > 0.95
-    assert other.rate(2) > 0.9
+    assert one.rate(2) > 0.9
+    assert other.rate(2) == 0.5  # what others do well proves nothing
     for _ in range(50):
         one.observe(2, accepted=False)
     assert one.rate(2) < 0.15
+    assert other.rate(2) < 0.5
     assert one.rate(3) == 0.6
 
 
@@ -99,7 +100,7 @@ def test_what_a_ledger_owes_is_bounded_and_paid_back(losses: list[float]) -> Non
     ledger = Ledger()
     for loss in losses:
         ledger.observe(1.0, loss)
-        assert -5 <= ledger.balance_seconds <= 20
+        assert -5 <= ledger.balance_seconds <= 14
     for _ in range(round(5 / SHARE) + 1):
         ledger.observe(1.0, 0.0)
     assert ledger.solvent

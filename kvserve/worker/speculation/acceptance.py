@@ -27,10 +27,16 @@ class Acceptance:
 
     def rate(self, kind: int) -> float:
         """The expected share of accepted tokens of this kind, 0 to 1."""
-        prior = self._prior
-        expected = prior.rate(kind) if isinstance(prior, Acceptance) else prior[kind]
-        hits = self._hits[kind] + _PRIOR_WEIGHT * expected
+        hits = self._hits[kind] + _PRIOR_WEIGHT * self._expected(kind)
         return hits / (self._trials[kind] + _PRIOR_WEIGHT)
+
+    def _expected(self, kind: int) -> float:
+        """What is known beforehand: of other sequences only what speaks against it, since a text
+        that is copied says nothing of one that is not."""
+        prior = self._prior
+        if isinstance(prior, Acceptance):
+            return min(prior.rate(kind), prior._expected(kind))
+        return prior[kind]
 
     def observe(self, kind: int, *, accepted: bool) -> None:
         """Note a trial, here and in the prior instance."""

@@ -4,7 +4,7 @@ SHARE = 0.008
 """Of all the time that decoding takes, so much may be lost on trials that win nothing."""
 _GIVEN = 3.0
 """Steps' time to begin with."""
-_MOST_SAVED = 20.0
+_MOST_SAVED = 14.0
 """What was won earlier pays for no more than so many steps' time."""
 _MOST_OWED = 5.0
 """Steps' time that losses may add up to."""
