@@ -102,8 +102,9 @@ async def serve(
         cache_bytes=settings.cache_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
         serves_below_floor=settings.below_floor == "serve",
-        speculate="off" if settings.speculate == "off" else "ngram",
+        speculate=settings.speculation,
         n_draft_each=settings.draft_max,
+        draft_path=None if prepared.draft is None else str(prepared.draft.path),
     )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)

@@ -14,7 +14,7 @@ from typing import Protocol, TextIO
 import platformdirs
 import typer
 
-from kvserve.cli.models import open_model
+from kvserve.cli.models import open_draft, open_model
 from kvserve.cli.tables import plan_text
 from kvserve.daemon import Listening, check_host, listen, run
 from kvserve.errors import KvserveError, WorkerFailed
@@ -140,7 +140,8 @@ def _start_here(settings: Settings, teller: Teller) -> None:
     if settings.vram_free is not None:
         teller.say("note     vram_free is for `kvserve plan` alone: start plans with what is free")
     model = open_model(settings)
-    prepared = prepare(settings, model.file, model.id, confirm=True, ahead=True)
+    draft = open_draft(settings)
+    prepared = prepare(settings, model.file, model.id, draft=draft, confirm=True, ahead=True)
     listening = listen(prepared)
     configure_logs(
         level=settings.log_level,

@@ -16,8 +16,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """Base of all messages; the class name is the tag."""
 
 
-Speculate = Literal["off", "ngram"]
-"""Where proposed tokens come from: nowhere, or from the sequence's own text."""
+Speculate = Literal["off", "ngram", "draft"]
+"""Where proposed tokens come from: nowhere, the sequence's own text, or from a draft model where
+that has nothing."""
 
 
 class Load(Message, frozen=True):
@@ -28,7 +29,8 @@ class Load(Message, frozen=True):
     weights off (they trap on some virtual machines). `carried` are files with the sequences that
     an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
     conversations that have to leave the KV cache. `speculate` says where proposed tokens come
-    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence.
+    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence. The file at
+    `draft_path` holds the draft model.
     """
 
     model_path: str
@@ -50,6 +52,7 @@ class Load(Message, frozen=True):
     speculate: Speculate = "off"
     n_draft: int = 0
     n_draft_each: int = 0
+    draft_path: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -17,6 +17,7 @@ import llama_cpp  # isort: skip
 import numpy as np
 from numpy.typing import NDArray
 
+from kvserve.core.draft import MOST_VOCAB_DIFFERENCE
 from kvserve.core.dtypes import KvType
 from kvserve.ipc.messages import Load
 from kvserve.worker.carry.cache_log import CacheLog
@@ -43,6 +44,8 @@ _GGML_TYPES = {
 _NO_SLOT = 1
 _WARM_UP_TOKENS = 8
 _PIECE_BYTES = 64
+_FIRST_COMPARED = 5
+"""The special tokens before it may differ (SPEC_VOCAB_CHECK_START_TOKEN_ID in llama.cpp)."""
 _N_SPARE = 32
 """Sequence ids beside those of the context, for what is kept: a unified attention cache knows all
 LLAMA_MAX_SEQ of them, whatever `n_seq_max` says, and they cost no memory."""
@@ -150,6 +153,29 @@ class Vocab:
             eos_token=ends or None,
         )
         return tokenizer
+
+    def difference(self, draft: "Vocab") -> str | None:
+        """Why a draft model with this vocabulary cannot propose tokens of this one; None where it
+        can. The same conditions as common_speculative_are_compatible in llama.cpp's
+        common/speculative.cpp."""
+        if ll.llama_vocab_type(self._vocab) != ll.llama_vocab_type(draft._vocab):
+            return "its vocabulary is of another type"
+        for name, adds, token in (
+            ("begins", ll.llama_vocab_get_add_bos, ll.llama_vocab_bos),
+            ("ends", ll.llama_vocab_get_add_eos, ll.llama_vocab_eos),
+        ):
+            mine, its = (token(one) if adds(one) else None for one in (self._vocab, draft._vocab))
+            if mine != its:
+                return f"another token {name} its texts"
+        n_mine, n_its = self.n_tokens, draft.n_tokens
+        if abs(n_mine - n_its) > MOST_VOCAB_DIFFERENCE:
+            return f"it has {n_its} tokens, not {n_mine}"
+        for index in range(_FIRST_COMPARED, min(n_mine, n_its)):
+            mine, its = (ll.llama_vocab_get_text(one, index) for one in (self._vocab, draft._vocab))
+            if mine != its:
+                texts = [(text or b"").decode("utf-8", "replace") for text in (mine, its)]
+                return f"its token {index} is {texts[1]!r}, not {texts[0]!r}"
+        return None
 
     def ends(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
