@@ -100,6 +100,15 @@ class Metrics:
         )
         self._prompt = counter("prompt_tokens", "Tokens of the prompts of answered requests.")
         self._generated = counter("generation_tokens", "Tokens that were drawn.")
+        self._drafts = counter(
+            "spec_decode_num_drafts", "Steps that checked tokens proposed by speculation."
+        )
+        self._drafted = counter(
+            "spec_decode_num_draft_tokens", "Tokens that speculation proposed and a step checked."
+        )
+        self._accepted = counter(
+            "spec_decode_num_accepted_tokens", "Those of them that were drawn."
+        )
         self._hits = counter(
             "prefix_cache_hits", "Prompt tokens of answered requests that the KV cache had."
         )
@@ -128,8 +137,8 @@ class Metrics:
         )
         self._ready = gauge("ready", "1 while requests are answered and no reload is under way.")
         self._phase = gauge("phase", "1 for the phase the daemon is in.", "phase")
-        self._running = gauge("num_requests_running", "Requests that a worker has.")
-        self._waiting = gauge("num_requests_waiting", "Requests in line.")
+        self._running = gauge("num_requests_running", "Requests with a place in the batch.")
+        self._waiting = gauge("num_requests_waiting", "Requests without a place.")
         self._cells_used = gauge("kv_cells_used", "KV cells of running requests.")
         self._cells = gauge("kv_cells", "KV cells that there are.")
         self._usage = gauge("kv_cache_usage_ratio", "KV cells used of all, 0 to 1.")
@@ -164,6 +173,12 @@ class Metrics:
         """Count one decode step."""
         self._prefilled.inc(n_prefilled)
         self._generated.inc(n_generated)
+
+    def drafted(self, n_drafted: int, n_accepted: int) -> None:
+        """Count a step that checked proposed tokens."""
+        self._drafts.inc()
+        self._drafted.inc(n_drafted)
+        self._accepted.inc(n_accepted)
 
     def first_token(self, seconds: float) -> None:
         """Count a request's first token."""

@@ -6,9 +6,10 @@ from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
 from kvserve.api.config import ApiConfig
-from kvserve.api.documents import describe_phase, plan_document, reload_document, status_document
+from kvserve.api.documents import describe_phase, reload_document, status_document
 from kvserve.api.errors import error_response
 from kvserve.api.events import Events
+from kvserve.api.plan_documents import plan_document
 from kvserve.api.schemas import INT32_MAX, ContextRequest
 from kvserve.errors import InvalidRequest, NotReady
 from kvserve.supervisor.service import Service

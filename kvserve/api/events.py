@@ -6,8 +6,9 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvserve.api.documents import Document, news_document
+from kvserve.api.documents import news_document
 from kvserve.api.hangup import while_connected
+from kvserve.api.plan_documents import Document
 from kvserve.api.sse import EventStream
 from kvserve.supervisor.service import Service
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from kvserve import __version__
 from kvserve.cli import flags
 from kvserve.cli.failing import explained
 
@@ -25,6 +24,8 @@ def root(
 ) -> None:
     """Serve a GGUF model with the longest context at the best KV precision that fits."""
     if version:
+        from kvserve import __version__  # noqa: PLC0415 - slow to look up
+
         print(f"kvserve {__version__}")
         raise typer.Exit
 
@@ -54,6 +55,7 @@ def plan(
     "max_ctx",
     "adapt",
     "below_floor",
+    "reasoning_format",
     "shrink_after",
     "min_reload_interval",
     "host",

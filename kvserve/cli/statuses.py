@@ -28,6 +28,9 @@ def status_text(document: Document, url: str) -> str:
     requests = document["requests"]
     lines.append("requests " + ", ".join(f"{n} {kind}" for kind, n in requests.items()))
     lines.append(f"cache    {document['kv_cells_used']} cells in use")
+    speculation = document["speculation"]
+    if speculation["method"]:
+        lines.append(f"drafts   {_drafts(speculation)}")
     lines.append(
         f"up       {_duration(document['uptime_seconds'])}, "
         f"{document['worker_deaths']} worker deaths"
@@ -47,6 +50,15 @@ def reload_text(document: Document) -> str:
         f"reloaded in {document['seconds']:.1f} s: KV cache {pair} at {chosen['n_ctx']} tokens, "
         f"{format_bytes(chosen['memory']['total_bytes'])}"
     )
+
+
+def _drafts(speculation: Document) -> str:
+    n_drafted = speculation["draft_tokens"]
+    if not n_drafted:
+        return str(speculation["method"])
+    n_accepted = speculation["accepted_tokens"]
+    share = 100 * n_accepted / n_drafted
+    return f"{speculation['method']}, {n_accepted} of {n_drafted} accepted ({share:.0f} %)"
 
 
 def _memory_lines(memory: Document | None) -> list[str]:

@@ -9,9 +9,11 @@ numbers. Values in, values out.
 from dataclasses import replace
 
 from kvserve.core.candidates import (
+    MICRO_BATCHES,
     Device,
     best_split,
     launch_on,
+    longest,
     micro_batches,
     price,
     splits,
@@ -25,7 +27,6 @@ from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
     CPU_OVERHEADS,
     Overheads,
-    max_context,
     prior_overheads,
 )
 from kvserve.core.plan import Candidate, Plan, Request
@@ -153,29 +154,38 @@ def _device(
 
     can_gpu = machine.build.cuda and bool(machine.gpus)
     if request.backend is Backend.CUDA and not can_gpu:
-        missing = "no GPU is visible" if machine.build.cuda else "llama.cpp was built without CUDA"
-        raise UsageError(f"--device cuda: {missing}; use --device cpu or auto", param="device")
+        raise UsageError(
+            f"--device cuda: {_no_gpu(machine)}; use --device cpu or auto", param="device"
+        )
+    if request.n_gpu_layers and (not can_gpu or request.backend is Backend.CPU):
+        on_cpu = request.backend is Backend.CPU
+        missing = "--device cpu uses no GPU" if on_cpu else _no_gpu(machine)
+        raise UsageError(
+            f"--gpu-layers {request.n_gpu_layers}: {missing}; leave it out, or give 0",
+            param="n_gpu_layers",
+        )
     host_free = reserved(machine.host.free_bytes)
     on_gpu = can_gpu and request.backend is not Backend.CPU and request.n_gpu_layers != 0
     if on_gpu and request.backend is None and request.n_gpu_layers is None:
         on_gpu = _has_room_for_a_layer(shape, machine, overheads)
     if not on_gpu:
         prior = overheads or CPU_OVERHEADS
-        return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
+        return Device(Backend.CPU, host_free, host_free, prior, 1, findings)
     free = [reserved(gpu.free_bytes) for gpu in machine.gpus]
-    # A split by layers leaves up to one layer's worth unused on each further GPU.
-    grain = max((layer.weights_bytes for layer in shape.layers), default=0) * (len(free) - 1)
     capability = machine.gpus[0].compute_capability
-    total = sum(free)
     return Device(
         backend=Backend.CUDA,
-        free_bytes=total - grain,
+        free_bytes=sum(free),
         host_free_bytes=host_free,
         overheads=overheads or prior_overheads(capability, shape),
         n_gpus=len(free),
-        tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
+        free_each=tuple(free) if len(free) > 1 else (),
         findings=findings,
     )
+
+
+def _no_gpu(machine: Machine) -> str:
+    return "no GPU is visible" if machine.build.cuda else "llama.cpp was built without CUDA"
 
 
 def _has_room_for_a_layer(shape: ModelShape, machine: Machine, overheads: Overheads | None) -> bool:
@@ -217,13 +227,7 @@ def _refusals(
 
 def _longest(shape: ModelShape, request: Request, device: Device, allowed: list[CachePair]) -> int:
     lengths = [
-        max_context(
-            shape,
-            launch_on(shape, request, device, pair, shape.n_ctx_train),
-            device.overheads,
-            device.n_gpus,
-            device.free_bytes,
-        )
+        longest(shape, device, launch_on(shape, request, device, pair, shape.n_ctx_train))
         for pair in allowed
     ]
     return max(lengths) or min(shape.n_ctx_train, FALLBACK_CTX)
@@ -237,6 +241,8 @@ def _judge(
         reason = chosen.reason or "chosen: the best quality that fits"
         if split:
             reason = "chosen: nothing allowed fits whole; best quality near the fastest split"
+            if candidate.launch.n_ubatch < min(MICRO_BATCHES[0], candidate.launch.n_batch):
+                reason += f", in micro-batches of {candidate.launch.n_ubatch} tokens"
     elif pair in refused:
         reason = refused[pair]
     elif not candidate.fits:

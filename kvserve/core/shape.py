@@ -145,6 +145,13 @@ class ModelShape:
         return tuple(layer for layer in self.layers if layer.attention is not None)
 
     @property
+    def takes_back(self) -> bool:
+        """Whether the last tokens of a sequence can be removed from its memory again: neither from
+        a recurrent state nor from DeepSeek V4's compressed caches."""
+        recurrent = any(layer.recurrent is not None for layer in self.layers)
+        return not recurrent and self.architecture != "deepseek4"
+
+    @property
     def mla(self) -> bool:
         """Whether the cache holds K only, which needs equal types (multi-head latent attention)."""
         caches = [layer.attention for layer in self.layers if layer.attention is not None]

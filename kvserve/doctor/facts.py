@@ -114,5 +114,10 @@ class Facts:
     @property
     def backend(self) -> Backend | None:
         """Where the plan puts layers; None without a plan."""
+        return None if self.plan is None else self.plan.chosen.launch.backend
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `start` would choose; None where no model was named or nothing fits."""
         plan = None if self.model is None else self.model.plan
-        return plan.chosen.launch.backend if isinstance(plan, Plan) else None
+        return plan if isinstance(plan, Plan) else None

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from kvserve.core.dtypes import LADDER
-from kvserve.core.machine import Gpu
-from kvserve.core.support import DEFAULT_CUDA_PAIRS, parse_fa_quants
+from kvserve.core.machine import Backend, Gpu
+from kvserve.core.support import DEFAULT_CUDA_PAIRS, parse_fa_quants, why_slow
 from kvserve.doctor.facts import Driver, Facts
 from kvserve.doctor.findings import Finding, note, ok, problem
 from kvserve.doctor.mending import rebuild_with_cuda
@@ -118,11 +118,24 @@ def cuda_build(facts: Facts) -> Iterator[Finding]:
 
 
 def kv_pairs(facts: Facts) -> Iterator[Finding]:
-    """Whether the pairs that may be chosen have compiled kernels."""
+    """Whether the planned pair and those that may be chosen have compiled kernels."""
     if not facts.library.cuda:
         return
     compiled = parse_fa_quants(facts.library.system_info)
     compiled = DEFAULT_CUDA_PAIRS if compiled is None else compiled
+    plan = facts.plan
+    if plan is not None and facts.backend is Backend.CUDA:
+        pair = plan.chosen.launch.pair
+        slow = why_slow(pair, Backend.CUDA, plan.machine.build)
+        if slow is not None:
+            yield problem(
+                "kv pairs",
+                f"--cache-type {pair}: {slow}",
+                "it answers rightly, and the slower the longer the context; kvserve takes it only "
+                "because the setting fixes it",
+                "leave --cache-type out, or take one of "
+                + ", ".join(str(p) for p in LADDER if p in compiled),
+            )
     missing = [str(pair) for pair in LADDER if pair not in compiled]
     if not missing:
         yield ok("kv pairs", "every KV pair that may be chosen has a compiled kernel")

@@ -1,4 +1,4 @@
-"""Times every pair that may be chosen on the real model, each in a process of its own."""
+"""Times the planned KV pair and all of the ladder on the real model, each in its own process."""
 
 import subprocess
 import sys
@@ -13,8 +13,7 @@ from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch
 from kvserve.doctor.facts import KernelSpeed
 from kvserve.ipc.measuring import KernelTime
-from kvserve.supervisor.launching import load_of
-from kvserve.supervisor.process import worker_environment
+from kvserve.supervisor.loads import load_of, worker_environment
 
 KERNELS_ARGV = (sys.executable, "-m", "kvserve.worker.kernels")
 N_CTX_GPU = 8192
@@ -30,15 +29,15 @@ def probe_kernels(
     argv: Sequence[str] = KERNELS_ARGV,
     pairs: Sequence[CachePair] = LADDER,
 ) -> tuple[KernelSpeed, ...]:
-    """Load the model as planned, with each of `pairs` and a short context for one request; pairs
-    whose cache would be larger than the planned one are left out. Takes a load and a prefill for
-    each pair; raises nothing."""
+    """Load the model as planned, with each of `pairs` and the planned one, and a short context for
+    one request; pairs whose cache would be larger than the planned one are left out. Takes a load
+    and a prefill for each pair; raises nothing."""
     longest = N_CTX_GPU if chosen.backend is Backend.CUDA else N_CTX_CPU
     launch = replace(chosen, n_ctx=min(longest, chosen.n_ctx), n_parallel=1)
     room = chosen.n_ctx * _cell_bytes(chosen.pair)
     return tuple(
         _probe(model_path, replace(launch, pair=pair), n_threads, argv)
-        for pair in pairs
+        for pair in dict.fromkeys((*pairs, chosen.pair))
         if launch.n_ctx * _cell_bytes(pair) <= room
     )
 

@@ -17,9 +17,8 @@ from kvserve.ipc.messages import Load
 from kvserve.settings import Settings
 from kvserve.supervisor.building import read_build
 from kvserve.supervisor.calibration import Calibration
-from kvserve.supervisor.launching import load_of
-from kvserve.supervisor.planning import Machines
-from kvserve.supervisor.process import worker_environment
+from kvserve.supervisor.deciding import Machines
+from kvserve.supervisor.loads import load_of, worker_environment
 from kvserve.supervisor.profiles import ProfileKey, profile_key
 
 

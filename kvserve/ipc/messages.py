@@ -9,9 +9,16 @@ from typing import Literal
 
 import msgspec
 
+from kvserve.dialects.form import Form
+
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """Base of all messages; the class name is the tag."""
+
+
+Speculate = Literal["off", "ngram", "draft"]
+"""Where proposed tokens come from: nowhere, the sequence's own text, or from a draft model where
+that has nothing."""
 
 
 class Load(Message, frozen=True):
@@ -21,7 +28,9 @@ class Load(Message, frozen=True):
     keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
     weights off (they trap on some virtual machines). `carried` are files with the sequences that
     an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
-    conversations that have to leave the KV cache.
+    conversations that have to leave the KV cache. `speculate` says where proposed tokens come
+    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence. The file at
+    `draft_path` holds the draft model.
     """
 
     model_path: str
@@ -40,6 +49,10 @@ class Load(Message, frozen=True):
     extra_buffers: bool = True
     carried: tuple[str, ...] = ()
     cache_ram_bytes: int = 0
+    speculate: Speculate = "off"
+    n_draft: int = 0
+    n_draft_each: int = 0
+    draft_path: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -73,12 +86,39 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that an earlier answer made. `arguments` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation, text only."""
+    """One turn of a conversation, text only. `tool_call_id` is the call that a `tool` message
+    answers; `reasoning` what the assistant had said to itself."""
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+
+
+class Tools(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The functions that an answer may call. `text` is the JSON text of OpenAI's `tools`.
+
+    `required` asks for a call, of the function `only` where that is given. Without `parallel`
+    there is one call at most. `strict` holds calls to their schemas, or refuses the request where
+    that cannot be done.
+    """
+
+    text: str
+    required: bool = False
+    only: str | None = None
+    parallel: bool = True
+    strict: bool = False
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
@@ -87,6 +127,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
     messages: tuple[ChatMessage, ...]
     template_kwargs: dict[str, bool | int | float | str] = {}
     continue_final: bool = False
+    tools: Tools | None = None
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -209,7 +250,8 @@ class CarryReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Loaded(Message, frozen=True):
-    """The model answers. `template` says where the chat template comes from."""
+    """The model answers. `template` says where the chat template comes from, `speculation` how
+    tokens are proposed, or why they are not."""
 
     n_ctx: int
     n_ctx_train: int
@@ -219,6 +261,7 @@ class Loaded(Message, frozen=True):
     load_seconds: float
     flash_attn: bool = True
     carried: CarryReport | None = None
+    speculation: str = "off"
 
 
 class LoadFailed(Message, frozen=True):
@@ -229,10 +272,12 @@ class LoadFailed(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
-    """A request was tokenized and has its place in the batch."""
+    """A request was tokenized and has its place in the batch. `form` says how the answer writes
+    reasoning and calls, None where it is plain text."""
 
     id: int
     n_prompt_tokens: int
+    form: Form | None = None
 
 
 class NeedsContext(Message, frozen=True):
@@ -301,7 +346,8 @@ class Step(Message, frozen=True):
 
     Sent also for a step that only prefills, as a sign of life. `n_cells_used` are KV cells of
     running requests, `n_cells_kept` those that hold prefixes for later ones and count as free.
-    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`.
+    `logprobs` are there for requests with `n_logprobs`, `echoes` for those with `echo`. Of the
+    tokens in the batch `n_drafted` were proposed by speculation, and `n_accepted` were right.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -311,6 +357,8 @@ class Step(Message, frozen=True):
     n_cells_kept: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     echoes: tuple[Echo, ...] = ()
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 class Failed(Message, frozen=True):

@@ -13,6 +13,9 @@ from kvserve.core.plan import Request
 from kvserve.errors import UsageError
 from kvserve.settings import values
 
+_DRAFTED_TOGETHER = 16
+"""Proposed tokens of all requests in a step, where one alone may not have more."""
+
 
 class Settings(BaseModel):
     """All settings, checked. `load_settings` makes them; the fields' descriptions are the docs."""
@@ -78,6 +81,13 @@ class Settings(BaseModel):
         description="What becomes of a request whose task needs better KV types than any plan has: "
         "`serve` with a warning in a header, or `refuse` with 409.",
     )
+    reasoning_format: Annotated[
+        Literal["auto", "none"], BeforeValidator(values.choice("auto", "none"))
+    ] = Field(
+        "auto",
+        description="Where a model's reasoning goes: `auto` tells it as `reasoning_content`, "
+        "`none` leaves it in the text.",
+    )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
     )
@@ -94,6 +104,23 @@ class Settings(BaseModel):
         "auto",
         description="Most tokens computed at once; more is faster prefill and more memory. "
         "Never above `batch`. `auto` is 512, or 256 or 128 where a better KV type fits with that.",
+    )
+    speculate: Annotated[
+        Literal["auto", "off", "ngram", "draft"],
+        BeforeValidator(values.choice("auto", "off", "ngram", "draft")),
+    ] = Field(
+        "auto",
+        description="Speculative decoding, as far as it is measured to pay: `ngram` proposes what "
+        "followed the last tokens where the text had them before, `draft` what `draft_model` "
+        "generates, where `ngram` has nothing; `auto` is `draft` with a draft model, else `ngram`.",
+    )
+    draft_model: values.TextOrNone = Field(
+        None,
+        description="Path of a GGUF file with a small model of the same vocabulary, for "
+        "speculative decoding.",
+    )
+    draft_max: Annotated[int, BeforeValidator(values.whole(1, 64))] = Field(
+        8, description="Most tokens that speculation proposes for one request in a step, 1 to 64."
     )
     reserve: values.Reserve = Field(
         "auto",
@@ -213,6 +240,26 @@ class Settings(BaseModel):
         """`cache_ram` in bytes; None for `auto`."""
         return None if self.cache_ram == "auto" else self.cache_ram
 
+    @property
+    def speculation(self) -> Literal["off", "ngram", "draft"]:
+        """Where proposed tokens come from, `auto` resolved. Raises UsageError for `draft` without a
+        model."""
+        if self.speculate == "draft" and self.draft_model is None:
+            raise UsageError(
+                "--speculate draft needs a model that drafts: add --draft-model FILE.gguf",
+                param="draft_model",
+            )
+        if self.speculate == "auto":
+            return "ngram" if self.draft_model is None else "draft"
+        return self.speculate
+
+    @property
+    def n_draft(self) -> int:
+        """Most tokens that speculation may add to a batch: their logits take memory."""
+        if self.speculate == "off":
+            return 0
+        return min(self.draft_max * self.parallel, max(self.draft_max, _DRAFTED_TOGETHER))
+
     def growth(self, n_ctx_train: int) -> GrowthPolicy:
         """Return when the context of a model trained for `n_ctx_train` tokens moves by itself."""
         return GrowthPolicy(
@@ -249,4 +296,5 @@ class Settings(BaseModel):
             reserve_bytes=reserve_bytes,
             max_kld=self.max_kld,
             min_top1=self.min_top1,
+            n_draft=self.n_draft,
         )

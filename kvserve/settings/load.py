@@ -18,8 +18,8 @@ from kvserve.errors import UsageError
 from kvserve.settings.fields import Settings
 
 ENV_PREFIX = "KVSERVE_"
-NOT_IN_FILE = frozenset({"config"})
-_NOT_IN_PROFILE = frozenset({"config", "profile"})
+NOT_IN_FILE = frozenset({"config", "vram_free"})
+_NOT_IN_PROFILE = NOT_IN_FILE | {"profile"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,12 @@ def _check_keys(
 ) -> None:
     known = [name for name in Settings.model_fields if name not in barred]
     for key in table:
+        if key == "vram_free":
+            raise UsageError(
+                f"{path}: {prefix}{key} is for `kvserve plan {flag_name(key)} SIZE` alone: take it "
+                "out of the file",
+                param=key,
+            )
         if key not in known:
             hint = _did_you_mean(key, [*known, *extra]) or f"; known are {', '.join(known)}"
             raise UsageError(f"{path}: {prefix}{key} is not a setting{hint}", param=key)

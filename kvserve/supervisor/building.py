@@ -16,7 +16,7 @@ from pathlib import Path
 from kvserve.core.machine import Build
 from kvserve.core.support import parse_fa_quants
 from kvserve.errors import WorkerFailed
-from kvserve.supervisor.states import Exit
+from kvserve.supervisor.exits import Exit
 from kvserve.whole_file import replace_file
 
 PROBE_ARGV = (sys.executable, "-m", "kvserve.worker.probe")

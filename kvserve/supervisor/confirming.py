@@ -10,17 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
-import structlog
 
 from kvserve.core.findings import Findings, doubtful
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Estimate, Launch, Memory, Plan
-from kvserve.ipc.measuring import MeasureAnswer, Measured, MeasureRequest
-from kvserve.supervisor.launching import load_of
+from kvserve.ipc.measuring import DeviceBuffers, MeasureAnswer, Measured, MeasureRequest
+from kvserve.supervisor.loads import load_of, worker_environment
 from kvserve.supervisor.measurements import Measurements
-from kvserve.supervisor.process import worker_environment
-
-log = structlog.get_logger(__name__)
 
 MEASURE_ARGV = (sys.executable, "-m", "kvserve.worker.measure")
 TIMEOUT_SECONDS = 30.0
@@ -82,12 +78,14 @@ class Oracle:
                 trouble = trouble or f"an answer makes no sense: {error}"
                 continue
             if isinstance(answer, Measured):
-                exact[launch] = _estimate(answer)
+                exact[launch] = _estimate(answer, len(launch.tensor_split))
             else:
                 refused[launch] = answer.reason
         n_left = len(launches) - len(exact) - len(refused)
         if trouble or n_left:
-            log.warning(
+            import structlog  # noqa: PLC0415 - kvserve plan is faster without it
+
+            structlog.get_logger(__name__).warning(
                 "llama.cpp could not be asked about all launches; their sizes are computed",
                 n_unanswered=n_left,
                 reason=trouble or "the measuring process ended early",
@@ -137,18 +135,22 @@ def confirm(
     return plan
 
 
-def _estimate(measured: Measured) -> Estimate:
-    """The devices as the plan sees them: all GPUs together, and the host with its pinned memory
-    (`CUDA_Host`)."""
+def _estimate(measured: Measured, n_gpus: int) -> Estimate:
+    """The devices as the plan sees them: the GPUs, together and each (`CUDA0`, `CUDA1`), and the
+    host with its pinned memory (`CUDA_Host`)."""
     host = [b for b in measured.buffers if b.device == "CPU" or b.device.endswith("_Host")]
     gpus = [b for b in measured.buffers if b not in host]
-    gpu, rest = (
-        Memory(
-            kv_bytes=sum(b.kv_bytes for b in place),
-            recurrent_bytes=sum(b.recurrent_bytes for b in place),
-            compute_bytes=sum(b.compute_bytes for b in place),
-            output_bytes=sum(b.output_bytes for b in place),
-        )
-        for place in (gpus, host)
+    each = [[b for b in gpus if b.device.endswith(str(gpu))] for gpu in range(n_gpus)]
+    known = n_gpus > 1 and n_gpus <= 10 and sum(map(len, each)) == len(gpus)
+    return Estimate(
+        _together(gpus), _together(host), tuple(_together(b) for b in each) if known else ()
     )
-    return Estimate(gpu, rest)
+
+
+def _together(buffers: Sequence[DeviceBuffers]) -> Memory:
+    return Memory(
+        kv_bytes=sum(b.kv_bytes for b in buffers),
+        recurrent_bytes=sum(b.recurrent_bytes for b in buffers),
+        compute_bytes=sum(b.compute_bytes for b in buffers),
+        output_bytes=sum(b.output_bytes for b in buffers),
+    )

@@ -9,7 +9,8 @@ from msgspec import structs
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
-from kvserve.ipc.messages import Load, Loaded, ToWorker
+from kvserve.ipc.messages import Load, Loaded, Speculate, ToWorker
+from kvserve.supervisor.loads import load_of
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
 
@@ -72,7 +73,8 @@ class Policy:
 
     `carry_bytes` is the host memory that sequences may take on their way to the next worker, None
     for a quarter of what is free then; `cache_bytes` those that had to leave a worker's KV cache,
-    None for an eighth.
+    None for an eighth. `speculate` says where proposed tokens come from, at most `n_draft_each` of
+    one sequence.
     """
 
     model_path: str
@@ -88,6 +90,9 @@ class Policy:
     cache_bytes: int | None = 0
     growth: GrowthPolicy = NO_GROWTH
     serves_below_floor: bool = True
+    speculate: Speculate = "off"
+    n_draft_each: int = 0
+    draft_path: str | None = None
 
     def cache_limit(self, plan: Plan) -> int:
         """The host memory for what leaves the KV cache under a plan, in bytes."""
@@ -110,25 +115,6 @@ def _spare_on_host(plan: Plan) -> int:
     return max(0, left // 2)
 
 
-def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
-    """The message that has a process load a model as `launch` says."""
-    return Load(
-        model_path=model_path,
-        type_k=launch.pair.k,
-        type_v=launch.pair.v,
-        n_ctx=launch.n_ctx,
-        n_seq_max=launch.n_parallel,
-        n_batch=launch.n_batch,
-        n_ubatch=launch.n_ubatch,
-        n_gpu_layers=launch.n_gpu_layers,
-        n_cpu_moe=launch.n_cpu_moe,
-        flash_attn=launch.flash_attn,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        tensor_split=launch.tensor_split,
-    )
-
-
 def load_message(attempt: Attempt, policy: Policy) -> Load:
     """The first frame to a worker."""
     return structs.replace(
@@ -136,6 +122,9 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         extra_buffers=attempt.extra_buffers,
         carried=attempt.carried.paths,
         cache_ram_bytes=policy.cache_limit(attempt.plan),
+        speculate=policy.speculate,
+        n_draft_each=policy.n_draft_each,
+        draft_path=policy.draft_path,
     )
 
 

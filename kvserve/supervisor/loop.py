@@ -36,6 +36,7 @@ from kvserve.ipc.messages import (
 from kvserve.supervisor.adapting import Adapting
 from kvserve.supervisor.admission import GenerationSpec, Job, Ticket
 from kvserve.supervisor.carry import NOTHING, Carried, adopt, export_limit
+from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.history import History
 from kvserve.supervisor.launching import Planner, Policy, Spawner, fingerprint, load_message
 from kvserve.supervisor.news import Listener, News, PhaseEntered, WeightsLoaded
@@ -56,7 +57,6 @@ from kvserve.supervisor.states import (
     ChangePlanned,
     Draining,
     Ended,
-    Exit,
     Failing,
     Heard,
     Idle,
@@ -183,11 +183,14 @@ class Supervisor:
             engine=self._history.engine,
             worker_pid=worker.pid if worker else None,
             n_waiting=self._requests.n_waiting,
-            n_running=len(self._requests.running),
+            n_running=self._requests.n_running,
             n_answered=self._requests.n_answered,
             n_failed=self._requests.n_failed,
             n_worker_deaths=self._history.n_worker_deaths,
             n_cells_used=self._requests.n_cells_used if self._requests.running else 0,
+            speculation=loaded.speculation if loaded else None,
+            n_drafted=self._requests.n_drafted,
+            n_accepted=self._requests.n_accepted,
             error=failing.error.message if failing else None,
             retry_at=self._wall_clock() + failing.retry_at - self._clock() if failing else None,
             reloads=self._history.reloads,
@@ -303,8 +306,7 @@ class Supervisor:
             case Serving(worker, attempt, loaded) as serving:
                 if not self._requests.running:
                     self._heard_at = now
-                # Twice the batch: the next prompts are tokenized before a place is free.
-                places = 2 * attempt.plan.chosen.launch.n_parallel
+                places = attempt.plan.chosen.launch.n_parallel
                 self._requests.dispatch(worker, places, self._terms(attempt.plan, loaded.n_ctx))
                 self._kill_if_hung(worker, now)
                 self._adapt(serving, now)
@@ -484,7 +486,13 @@ class Supervisor:
             state = replace(state, attempt=replace(state.attempt, carried=NOTHING))
         failure = load_failure(state, exit_)
         mended = same_plan_differently(state, exit_)
-        log.error("load failed", error=failure.message, mended=mended is not None)
+        ends_the_start = mended is None and not self.first_ready.done()
+        log.error(
+            "load failed",
+            error=failure.message,
+            mended=mended is not None,
+            file_only=ends_the_start,  # whoever starts the daemon is told by its last words
+        )
         self._observer.worker_died(f"loading: {exit_.cause}")
         if mended is not None:
             self._move(Event.LOST, Idle(mended, start_at=self._clock()))
@@ -509,7 +517,10 @@ class Supervisor:
             self._finish(attempt.change, failure.error or WorkerFailed(failure.message))
         if isinstance(following, GiveUp):
             error = following.error
-            log.error("giving up for now", error=error.message, retry_after=following.retry_after)
+            if ever_ready:  # the first load's error ends the daemon, which tells it
+                log.error(
+                    "giving up for now", error=error.message, retry_after=following.retry_after
+                )
             following.attempt.carried.close()
             attempt_later = replace(following.attempt, carried=NOTHING)
             self._move(Event.GIVE_UP, Failing(attempt_later, error, now + following.retry_after))

@@ -16,6 +16,10 @@ class Observer(Protocol):
         """One decode step: prompt tokens that were computed, and tokens that were drawn."""
         ...
 
+    def drafted(self, n_drafted: int, n_accepted: int) -> None:
+        """A step checked so many tokens that speculation proposed, and accepted so many."""
+        ...
+
     def first_token(self, seconds: float) -> None:
         """A request got its first token this long after it was submitted."""
         ...
@@ -50,6 +54,9 @@ class Unobserved:
     """Nobody listens."""
 
     def step(self, n_prefilled: int, n_generated: int) -> None:
+        """See `Observer`."""
+
+    def drafted(self, n_drafted: int, n_accepted: int) -> None:
         """See `Observer`."""
 
     def first_token(self, seconds: float) -> None:

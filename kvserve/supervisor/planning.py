@@ -1,24 +1,13 @@
-"""The planner: reads the machine afresh, decides, waits for memory, and weighs what was loaded."""
+"""The planner: decides off the event loop, waits for memory, and weighs what was loaded."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 
 import structlog
 
-from kvserve.core.findings import NOTHING_FOUND, Findings, likely
-from kvserve.core.floors import why_below
-from kvserve.core.loss import NOTHING_MEASURED, Quality
-from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
-from kvserve.core.plan import Launch, Plan, Request, Task
-from kvserve.core.selector import default_reserve, select
-from kvserve.core.shape import ModelShape
-from kvserve.device.host import process_rss, read_host
-from kvserve.device.nvml import process_memory, read_gpus
+from kvserve.core.machine import Backend, Gpu, Machine
+from kvserve.core.plan import Plan, Task
 from kvserve.ipc.messages import Loaded
-from kvserve.supervisor.calibration import Calibration
-from kvserve.supervisor.confirming import Asker, confirm
+from kvserve.supervisor.deciding import Decider
 from kvserve.supervisor.status import Measured
 from kvserve.units import MIB
 
@@ -30,54 +19,16 @@ HOST_SETTLE_SECONDS = 1.0
 MEASURING_BYTES = 1024 * MIB
 """Free memory of each GPU beside which a CUDA context of about 500 MiB does no harm."""
 _POLL_SECONDS = 0.05
-_OUT_OF_MEMORY_STEP_BYTES = 256 * MIB
-
-
-class Machines:
-    """Reads the machine: the readers are arguments so that tests can give recorded ones."""
-
-    def __init__(
-        self,
-        build: Build,
-        read_gpus: Callable[[], tuple[Gpu, ...]] = read_gpus,
-        read_host: Callable[[], Host] = read_host,
-        gpu_process_memory: Callable[[str, int], int | None] = process_memory,
-        host_process_memory: Callable[[int], int | None] = process_rss,
-    ) -> None:
-        self.build = build
-        self._read_gpus = read_gpus
-        self._read_host = read_host
-        self.gpu_process_memory = gpu_process_memory
-        self.host_process_memory = host_process_memory
-
-    def read(self) -> Machine:
-        """The machine at this moment; GPUs that the build cannot use are left out."""
-        gpus = self._read_gpus() if self.build.cuda else ()
-        return Machine(host=self._read_host(), gpus=gpus, build=self.build)
 
 
 class MachinePlanner:
-    """Plans for one model and one standing request, of which only the context changes. `quality`
-    gives what was measured, at each plan anew."""
+    """Plans with a decider, off the event loop, and watches the machine before and after a load."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        request: Request,
-        machines: Machines,
-        calibration: Calibration,
-        settle_seconds: float = GPU_SETTLE_SECONDS,
-        oracle: Asker | None = None,
-        quality: Callable[[], Quality] = lambda: NOTHING_MEASURED,
-    ) -> None:
-        self._shape = shape
-        self._request = request
-        self._machines = machines
-        self._calibration = calibration
-        self._oracle = oracle
-        self._quality = quality
+    def __init__(self, decider: Decider, settle_seconds: float = GPU_SETTLE_SECONDS) -> None:
+        self._decider = decider
+        self._machines = decider.machines
+        self._calibration = decider.calibration
         self._settle_seconds = settle_seconds
-        self._told: set[Launch] = set()
         self._free_before: dict[str, int] = {}
 
     async def plan(
@@ -91,86 +42,14 @@ class MachinePlanner:
         """Decide against fresh free memory. Raises DoesNotFit, UsageError."""
         machine = await asyncio.to_thread(self._machines.read)
         may_measure = _has_room_to_measure(machine)
-        decide = self.decide_confirmed if may_measure else self.decide
+        decide = self._decider.decide_confirmed if may_measure else self._decider.decide
         return await asyncio.to_thread(
             decide, machine, n_ctx, returning_bytes, n_out_of_memory, task=task
         )
 
     def allows(self, plan: Plan, task: Task) -> bool:
-        """Whether a plan's KV types are good enough for a task. A floor that the user set by type
-        is the last word."""
-        launch = plan.chosen.launch
-        request = replace(self._request, n_ctx=launch.n_ctx, also=task)
-        return why_below(launch.pair, self._shape, request, self._quality()) is None
-
-    def decide(
-        self,
-        machine: Machine,
-        n_ctx: int | None,
-        returning_bytes: int,
-        n_out_of_memory: int,
-        *,
-        task: Task | None = None,
-    ) -> Plan:
-        """The same for a machine that was read already, with what is known of llama.cpp's figures
-        and without asking for more."""
-        findings = NOTHING_FOUND if self._oracle is None else self._oracle.findings
-        return self._decide(machine, n_ctx, returning_bytes, n_out_of_memory, task, findings)
-
-    def decide_confirmed(
-        self,
-        machine: Machine,
-        n_ctx: int | None,
-        returning_bytes: int,
-        n_out_of_memory: int,
-        *,
-        task: Task | None = None,
-        ahead: bool = False,
-    ) -> Plan:
-        """The same, with a chosen launch that llama.cpp laid out, where it can be asked. Takes
-        about a second for what is not known yet, and a CUDA context on the GPU meanwhile. With
-        `ahead` the launches that reloads may need are asked about in the same go."""
-        plan = self.decide(machine, n_ctx, returning_bytes, n_out_of_memory, task=task)
-        if self._oracle is None:
-            return plan
-        decide = partial(self._decide, machine, n_ctx, returning_bytes, n_out_of_memory, task)
-        plan = confirm(plan, self._oracle, decide, likely(plan) if ahead else ())
-        self._tell(plan)
-        return plan
-
-    def _tell(self, plan: Plan) -> None:
-        for candidate in plan.differences:
-            if candidate.launch in self._told:
-                continue
-            self._told.add(candidate.launch)
-            log.warning(
-                "computed sizes differ from llama.cpp's; its own are used",
-                cache_type=str(candidate.launch.pair),
-                n_ctx=candidate.launch.n_ctx,
-                n_gpu_layers=candidate.launch.n_gpu_layers,
-                computed_bytes=candidate.formula_bytes,
-                exact_bytes=candidate.memory.own_bytes,
-            )
-
-    def _decide(
-        self,
-        machine: Machine,
-        n_ctx: int | None,
-        returning_bytes: int,
-        n_out_of_memory: int,
-        task: Task | None,
-        findings: Findings,
-    ) -> Plan:
-        request = replace(self._request, n_ctx=n_ctx, also=task)
-        machine = _with_returned(machine, request, returning_bytes)
-        if n_out_of_memory:
-            free = sum(gpu.free_bytes for gpu in machine.gpus) or machine.host.free_bytes
-            base = request.reserve_bytes
-            reserve = default_reserve(free) if base is None else base
-            reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
-            request = replace(request, reserve_bytes=reserve)
-        overheads = self._calibration.overheads(machine.gpus, machine.build, self._shape)
-        return select(self._shape, machine, request, overheads, findings, self._quality())
+        """Whether a plan's KV types are good enough for a task."""
+        return self._decider.allows(plan, task)
 
     async def wait_for_room(self, plan: Plan) -> bool:
         """Poll until the plan's memory is free; False where it stays taken."""
@@ -228,18 +107,3 @@ class MachinePlanner:
 def _has_room_to_measure(machine: Machine) -> bool:
     """Whether a measuring process fits beside whatever runs on the GPUs now."""
     return all(gpu.free_bytes >= MEASURING_BYTES for gpu in machine.gpus)
-
-
-def _with_returned(machine: Machine, request: Request, returning_bytes: int) -> Machine:
-    """The machine with the leaving worker's memory counted as free, shared out over the GPUs."""
-    if not returning_bytes:
-        return machine
-    if not machine.gpus or request.backend is Backend.CPU:
-        host = replace(machine.host, free_bytes=machine.host.free_bytes + returning_bytes)
-        return replace(machine, host=host)
-    share = returning_bytes // len(machine.gpus)
-    gpus = tuple(
-        replace(gpu, free_bytes=min(gpu.total_bytes, gpu.free_bytes + share))
-        for gpu in machine.gpus
-    )
-    return replace(machine, gpus=gpus)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch
 from kvserve.errors import WorkerFailed
 from kvserve.ipc.channel import DaemonChannel, ProtocolError
 from kvserve.ipc.messages import FromWorker, ToWorker
 from kvserve.logs import open_private
-from kvserve.supervisor.states import Exit, Worker
+from kvserve.supervisor.exits import Exit
+from kvserve.supervisor.loads import worker_environment
+from kvserve.supervisor.states import Worker
 
 WORKER_ARGV = (sys.executable, "-m", "kvserve.worker")
 _LAST_WORDS_BYTES = 4096
@@ -171,13 +172,3 @@ class ProcessSpawner:
             if self._log.stat().st_size > _LOG_LIMIT_BYTES:
                 self._log.replace(self._log.with_suffix(self._log.suffix + ".1"))
         return open_private(self._log)
-
-
-def worker_environment(backend: Backend) -> dict[str, str]:
-    """The daemon's environment, with CUDA's device order made NVML's, and without GPUs for a
-    worker that uses none: a visible GPU costs a CUDA context before any load."""
-    environment = dict(os.environ)
-    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    if backend is Backend.CPU:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return environment

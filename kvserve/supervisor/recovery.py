@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from kvserve.errors import KvserveError, WorkerFailed
-from kvserve.supervisor.states import TRAPS, Attempt, Exit, Loading
+from kvserve.supervisor.exits import TRAPS, Exit
+from kvserve.supervisor.states import Attempt, Loading
 
 MAX_STREAK = 4
 """Failures in a row, without an answered request between them, before a long pause."""

@@ -45,7 +45,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The daemon at one moment."""
+    """The daemon at one moment. `speculation` tells how tokens are proposed, or why they are not;
+    `n_drafted` were, of which `n_accepted` were right, since the daemon started."""
 
     phase: Phase
     plan: Plan | None
@@ -60,6 +61,9 @@ class Status:
     n_failed: int
     n_worker_deaths: int
     n_cells_used: int
+    speculation: str | None
+    n_drafted: int
+    n_accepted: int
     error: str | None
     retry_at: float | None
     reloads: tuple[ReloadRecord, ...]

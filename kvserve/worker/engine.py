@@ -7,8 +7,10 @@ import os
 import queue
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
+from kvserve.dialects.form import Form
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
@@ -17,6 +19,7 @@ from kvserve.ipc.messages import (
     Echo,
     End,
     Failed,
+    FromWorker,
     Generate,
     NeedsContext,
     Pause,
@@ -29,8 +32,8 @@ from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
-from kvserve.worker.drawing import Drawer, Wish
-from kvserve.worker.grammar import Constraint
+from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
+from kvserve.worker.grammar import Constraining
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
@@ -40,6 +43,8 @@ from kvserve.worker.scheduler import Batch as Plan
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation
+from kvserve.worker.speculation.proposal import Ask
+from kvserve.worker.speculation.speculator import Draft, Outcome, Speculator
 
 _MOST_SAMPLING_THREADS = 8
 
@@ -52,16 +57,26 @@ class _Job:
     generation: Generation
     sampler: Sampler
     n_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraining | None = None
     echo: PromptEcho | None = None
+    form: Form | None = None
+    constrained_by: str = ""
     started: bool = False
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        """Whether its grammar cannot be followed any further."""
+        return self.constraint is not None and self.constraint.error is not None
 
 
 class Engine:
     """Serves requests from `inbox` with `context`, until the process ends.
 
     `n_slots` requests run at a time, and up to `cold_bytes` of host memory hold conversations that
-    left the KV cache. The caller's reader thread feeds the inbox.
+    left the KV cache. With a `speculator` steps check up to `n_draft` proposed tokens. The caller's
+    reader thread feeds the inbox.
     """
 
     def __init__(
@@ -72,6 +87,8 @@ class Engine:
         inbox: Inbox,
         n_slots: int,
         cold_bytes: int = 0,
+        speculator: Speculator | None = None,
+        n_draft: int = 0,
     ) -> None:
         self._context = context
         self._channel = channel
@@ -84,13 +101,18 @@ class Engine:
             stores=cold_bytes > 0 and context.state_layout is not None,
         )
         self._cold = ColdTier(context, self._cache, cold_bytes, self._change_memory)
-        self._scheduler = Scheduler(context.n_ctx, n_slots, context.n_batch, self._cache)
+        self._scheduler = Scheduler(
+            context.n_ctx, n_slots, context.n_batch, self._cache, n_draft, context.n_ubatch
+        )
+        self._speculator = speculator
+        self._may_draft = True
         self._pace = Pace(context.n_batch)
         self._batch = Batch(context.n_batch)
         self._jobs: dict[int, _Job] = {}
         self._preparing: set[int] = set()
         self._paused = False
         self._blanks: Blanks | None = None
+        self._unsent: Step | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -127,6 +149,8 @@ class Engine:
             while True:
                 pausing = self._blanks is not None
                 idle = self._paused or not (pausing or self._scheduler.has_work)
+                if idle:
+                    self._flush()
                 self._handle(self._inbox.get(block=idle))
         except queue.Empty:
             return
@@ -143,7 +167,7 @@ class Engine:
                 self._admit(message)
             case Refused(id=request) if request in self._preparing:
                 self._preparing.discard(request)
-                self._channel.send(message.answer)
+                self._send(message.answer)
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._forget(request)
@@ -160,6 +184,7 @@ class Engine:
         self._cache.make_room(1)  # for the canaries
         self._change_memory(self._cache.take_operations())
         sequences = self._scheduler.sequences if blanks.limit_bytes else ()
+        self._flush()
         self._channel.send(export(self._context, sequences, blanks, self._cache.shortest))
 
     def _admit(self, prepared: Prepared) -> None:
@@ -170,6 +195,8 @@ class Engine:
             prepared.n_logprobs,
             prepared.constraint,
             prepared.echo,
+            prepared.form,
+            prepared.constrained_by,
         )
         generation, echo = job.generation, job.echo
         if generation.finish is None or (echo is not None and not echo.complete):
@@ -179,7 +206,7 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._channel.send(Started(job.id, job.generation.n_prompt))
+        self._send(Started(job.id, job.generation.n_prompt, job.form))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
         self._send_step(deltas, (_end(job, 0),), echoes=echoes)
@@ -187,43 +214,117 @@ class Engine:
     def _forget(self, request: int, *, broken: bool = False) -> None:
         if self._jobs.pop(request, None) is not None:
             self._scheduler.remove(request, broken=broken)
+            if self._speculator is not None:
+                self._speculator.forget(request)
 
     def _step(self) -> None:
         self._cold.restore(self._scheduler)
-        plan = self._scheduler.plan(self._pace.limit(self._scheduler.n_decoding))
+        asks = self._asks()
+        plan = self._scheduler.plan(
+            self._pace.limit(self._scheduler.n_decoding), self._propose(asks)
+        )
         self._change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._channel.send(Started(job.id, job.generation.n_prompt))
+                self._send(Started(job.id, job.generation.n_prompt, job.form))
         begun = time.monotonic()
         if not self._decode(plan):
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        wishes = self._wishes(plan)
+        n_outputs = len(self._batch.outputs)
+        wishes: list[Wish] = []
+        drawn: list[Drawn] = []
+        if n_outputs:
+            logits = self._context.logits(n_outputs)
+            wishes = self._wishes(plan, logits)
+            drawn = self._drawer.draw(logits, wishes)
+        echoes, ends = self._take_echoes(plan)
+        outcomes = self._settle(plan)
+        if self._speculator is not None:
+            asked = {ask.id for ask in asks}
+            decoded = {id_: one for id_, one in outcomes.items() if id_ in asked}
+            self._speculator.observe(decoded, time.monotonic() - begun, plan.n_prefill)
+        self._deliver(plan, list(zip(wishes, drawn, strict=True)), echoes, ends, outcomes)
+
+    def _asks(self) -> list[Ask]:
+        """The requests that generate, and how many tokens beside the next one each may get."""
+        if self._speculator is None:
+            return []
+        asks = []
+        for request in self._scheduler.decoding:
+            generation = self._jobs[request].generation
+            n_left = generation.limits.max_tokens - generation.n_generated
+            n_most = min(n_left, self._context.n_ctx - generation.n_tokens) - 1
+            asks.append(Ask(request, generation.buffer, generation.n_tokens, n_most))
+        return asks
+
+    def _propose(self, asks: list[Ask]) -> dict[int, Draft]:
+        if self._speculator is None:
+            return {}
+        drafts = self._speculator.propose(asks)
+        may_draft, self._may_draft = self._may_draft, True
+        return drafts if may_draft else {}
+
+    def _settle(self, plan: Plan) -> dict[int, Outcome]:
+        """Keep the cells of accepted drafts, free the others; what came of each request that has
+        drawn."""
+        outcomes = {}
+        for chunk in plan.chunks:
+            job = self._jobs.get(chunk.id)
+            if job is None:
+                continue
+            if chunk.draft:
+                # Of what was drawn, all but the last token were drafted, and are in the cache.
+                self._scheduler.settle(chunk, max(len(job.tokens) - 1, 0))
+            if job.tokens:
+                outcomes[chunk.id] = Outcome(tuple(job.tokens), len(chunk.draft))
+        self._change_memory(self._cache.take_operations())
+        return outcomes
+
+    def _deliver(
+        self,
+        plan: Plan,
+        drawn: list[tuple[Wish, Drawn]],
+        echoes: tuple[Echo, ...],
+        ends: list[End],
+        outcomes: dict[int, Outcome],
+    ) -> None:
         deltas, logprobs = [], []
         outgrown: list[_Job] = []
-        echoes, ends = self._take_echoes(plan)
-        for wish, (token, likelihoods) in zip(wishes, self._drawer.draw(wishes), strict=True):
+        refused: list[_Job] = []
+        for wish, draws in drawn:
             job = self._jobs[wish.id]
-            if job.constraint is not None and job.constraint.error is not None:
-                self._refuse(job, job.constraint.error)
-                continue
-            deltas.append(self._accept(job, token))
-            if likelihoods is not None:
-                logprobs.append(likelihoods)
-            if job.generation.finish is None:
-                self._scheduler.grow(job.id)
+            n_tokens = len(job.tokens)
+            if n_tokens:
+                deltas.append(Delta(job.id, job.text, tuple(job.tokens)))
+                logprobs += [one for _, one in draws[:n_tokens] if one is not None]
+                job.text, job.tokens = "", []
+            if job.broken:
+                refused.append(job)
+            elif job.generation.finish is None:
+                self._scheduler.grow(job.id, n_tokens)
                 if job.generation.n_tokens >= self._context.n_ctx:
                     outgrown.append(job)
             else:
                 ends.append(_end(job, self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
-        self._send_step(tuple(deltas), tuple(ends), plan.n_prefill, tuple(logprobs), echoes)
+        n_accepted = sum(len(one.drawn) - 1 for one in outcomes.values())
+        self._send_step(
+            tuple(deltas),
+            tuple(ends),
+            plan.n_prefill,
+            tuple(logprobs),
+            echoes,
+            n_drafted=plan.n_drafted,
+            n_accepted=n_accepted,
+        )
+        for job in refused:
+            self._refuse(job)
         for job in outgrown:
-            self._channel.send(NeedsContext(job.id, job.generation.n_tokens))
+            self._send(NeedsContext(job.id, job.generation.n_tokens))
             self._forget(job.id)
 
     def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
@@ -266,8 +367,12 @@ class Engine:
                 last=chunk.last,
                 scored=chunk.scored,
             )
+            if chunk.draft:
+                batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
         try:
-            self._context.decode(batch)
+            self._context.submit(batch)
+            self._flush()
+            self._context.wait()
         except CacheFull:
             self._make_room(plan)
             return False
@@ -277,7 +382,9 @@ class Engine:
         return True
 
     def _make_room(self, plan: Plan) -> None:
-        if self._scheduler.relieve():
+        if plan.n_drafted:
+            self._may_draft = False
+        elif self._scheduler.relieve():
             print("KV cache fuller than expected: made room", file=sys.stderr, flush=True)
         else:
             self._fail(plan, "the KV cache is full")
@@ -285,35 +392,41 @@ class Engine:
     def _fail(self, plan: Plan, reason: str) -> None:
         for chunk in plan.chunks:
             self._forget(chunk.id, broken=True)
-            self._channel.send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
+            self._send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
 
-    def _refuse(self, job: _Job, problem: str) -> None:
+    def _refuse(self, job: _Job) -> None:
+        assert job.constraint is not None
         self._forget(job.id)
-        message = f"the grammar cannot be followed: {problem}"
-        self._channel.send(Failed(job.id, "invalid_request", message, "response_format"))
+        message = (
+            "what the answer must look like became too complex to follow "
+            f"({job.constraint.error}): simplify the schema, expression or grammar"
+        )
+        self._send(Failed(job.id, "invalid_request", message, job.constrained_by))
 
-    def _wishes(self, plan: Plan) -> list[Wish]:
-        n_outputs = len(self._batch.outputs)
-        if not n_outputs:
-            return []
-        rows = self._context.logits(n_outputs)
+    def _wishes(self, plan: Plan, logits: Rows) -> list[Wish]:
         wishes, first = [], 0
         for chunk in plan.chunks:
             job, end = self._jobs[chunk.id], first + chunk.n_outputs
             if chunk.scored and job.echo is not None:
-                job.echo.take(chunk.start, rows[first:end])
+                job.echo.take(chunk.start, logits[first:end])
             elif chunk.last:
-                wishes.append(Wish(job.id, rows[first], job.sampler, job.n_logprobs))
+                accept = partial(self._accept, job)
+                wishes.append(Wish(job.id, first, job.sampler, accept, job.n_logprobs, chunk.draft))
             first = end
         return wishes
 
-    def _accept(self, job: _Job, token: int) -> Delta:
+    def _accept(self, job: _Job, token: int) -> bool:
+        """Add a token to a request's text, and tell whether it goes on; on any thread."""
+        if job.broken:
+            return False
         vocab = self._context.vocab
         generation = job.generation
         text = generation.accept(token, vocab.piece(token), ends=vocab.ends(token))
         if generation.finish is None and job.constraint is not None and job.constraint.complete:
             text += generation.end()
-        return Delta(job.id, text, (token,))
+        job.text += text
+        job.tokens.append(token)
+        return generation.finish is None
 
     def _send_step(
         self,
@@ -322,10 +435,34 @@ class Engine:
         n_prefilled: int = 0,
         logprobs: tuple[TokenLogprobs, ...] = (),
         echoes: tuple[Echo, ...] = (),
+        *,
+        n_drafted: int = 0,
+        n_accepted: int = 0,
     ) -> None:
-        cache = self._cache
-        step = Step(deltas, ends, n_prefilled, cache.n_pinned, cache.n_kept, logprobs, echoes)
-        self._channel.send(step)
+        """Send a step's answers: on a GPU only while it computes the next step."""
+        self._flush()
+        self._unsent = Step(
+            deltas,
+            ends,
+            n_prefilled,
+            self._cache.n_pinned,
+            self._cache.n_kept,
+            logprobs,
+            echoes,
+            n_drafted,
+            n_accepted,
+        )
+        if not self._context.asynchronous:
+            self._flush()
+
+    def _send(self, message: FromWorker) -> None:
+        self._flush()
+        self._channel.send(message)
+
+    def _flush(self) -> None:
+        if self._unsent is not None:
+            step, self._unsent = self._unsent, None
+            self._channel.send(step)
 
 
 def _end(job: _Job, n_cached: int) -> End:

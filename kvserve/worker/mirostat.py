@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kvserve.worker.dice import Dice
+from kvserve.worker.dice import weighted
 from kvserve.worker.shortlist import largest
 
 Row = NDArray[np.float32]
@@ -19,18 +19,15 @@ class Mirostat:
     is not known any more. For one thread at a time.
     """
 
-    def __init__(
-        self, version: int, tau: float, eta: float, temperature: float, dice: Dice
-    ) -> None:
+    def __init__(self, version: int, tau: float, eta: float, temperature: float) -> None:
         self._version = version
         self._tau = tau
         self._eta = eta
         self._temperature = temperature
         self.max_surprise = 2 * tau
-        self._dice = dice
 
-    def sample(self, row: Row) -> int:
-        """Draw a token, and let what it cost move the limit."""
+    def sample(self, row: Row, number: float) -> int:
+        """Draw a token with a number in [0, 1), and let what it cost move the limit."""
         highest = row.max()
         if not np.isfinite(highest):
             return int(row.argmax())
@@ -39,7 +36,7 @@ class Mirostat:
         logprobs = logits - np.float32(log_total)
         ids = self._by_slope(logprobs) if self._version == 1 else self._by_surprise(logprobs)
         kept = logprobs[ids]
-        token = int(ids[self._dice.draw(kept)])
+        token = int(ids[weighted(kept, number)])
         mass = np.exp(kept).sum(dtype=np.float64)
         surprise = float((np.log(mass) - logprobs[token]) / np.log(2))
         self.max_surprise -= self._eta * (surprise - self._tau)

@@ -131,6 +131,10 @@ class PrefixCache:
         """A decode filled cells for the next `n_tokens` tokens of a running sequence."""
         self._tree.append(sequence, n_tokens)
 
+    def cut_back(self, sequence: CachedSequence) -> None:
+        """Give up what a decode filled after the cells that are known of."""
+        self._operations.append(Cut(sequence.slot, sequence.n_cells))
+
     def keep(self, sequence: CachedSequence, *, wanted: bool = False) -> None:
         """A sequence's request ended, or waits again (`wanted`): its cells stay until others need
         them."""

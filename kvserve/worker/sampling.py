@@ -1,21 +1,23 @@
 """Drawing a token from one row of logits.
 
-Biases, penalties, bans and grammars are written into the row with NumPy, the tokens that the draw
-can fall on are looked up with NumPy (`shortlist`), and llama.cpp draws one of those. Its own chains
-take 2 to 20 times as long over a whole vocabulary of 262,144 tokens, and its penalty step looks
-every token up in a hash map (0.17 ms against 0.01 ms).
+Biases, penalties, bans and grammars are written into the row with NumPy, and the tokens that the
+draw can fall on are looked up with NumPy, alone (`shortlist`) or with other rows (`together`).
+llama.cpp's own chains take 2 to 20 times as long over a whole vocabulary of 262,144 tokens, and
+its penalty step looks every token up in a hash map (0.17 ms against 0.01 ms).
 """
 
 import math
 import secrets
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvserve.ipc.messages import Sampling
+from kvserve.worker import together
+from kvserve.worker.dice import Dice, weighted
+from kvserve.worker.mirostat import Mirostat
 from kvserve.worker.penalties import Dry, Penalties, bounded
 from kvserve.worker.shortlist import (
     BLOCK,
@@ -26,10 +28,10 @@ from kvserve.worker.shortlist import (
     typical,
     without_top_choices,
 )
+from kvserve.worker.together import Plain
 
 if TYPE_CHECKING:
-    from kvserve.worker.dice import Dice
-    from kvserve.worker.grammar import Constraint
+    from kvserve.worker.grammar import Constraining
     from kvserve.worker.sequences import Generation
 
 _RANDOM_SEED = 0xFFFFFFFF
@@ -38,7 +40,8 @@ _GREEDY_BELOW = 1e-4
 
 Row = NDArray[np.float32]
 Ids = NDArray[np.intp]
-Draw = Callable[[Row], int]
+Draw = Callable[[Row, float], int]
+"""Draws from a row with a number in [0, 1)."""
 
 
 def fold_seed(seed: int | None) -> int:
@@ -66,7 +69,7 @@ class Sampler:
         forbidden: NDArray[np.int64],
         end_tokens: NDArray[np.int64],
         piece: Callable[[int], bytes],
-        constraint: "Constraint | None" = None,
+        constraint: "Constraining | None" = None,
     ) -> None:
         self._constraint = constraint
         self._generation = generation
@@ -86,13 +89,35 @@ class Sampler:
         )
         temperature = bounded(sampling.temperature, 0.0, 100.0, 1.0)
         self.greedy = temperature < _GREEDY_BELOW
-        self._draw = _argmax if self.greedy else _draw(sampling, temperature, generation)
+        seed = fold_seed(sampling.seed)
+        self._dice = None if self.greedy else Dice(seed, generation.n_generated)
+        more = Dice(seed, generation.n_generated, stream=1)
+        self._draw = _argmax if self.greedy else _draw(sampling, temperature, more)
+        self._plain = _plain(sampling, temperature)
+
+    def plain(self, n_vocab: int) -> Plain | None:
+        """The settings of a draw that can be made together with others; None where it cannot."""
+        plain = self._plain
+        return plain if plain is not None and plain.suits(n_vocab) else None
+
+    def number(self) -> float:
+        """The random number of the next draw; 0 for a greedy one."""
+        return self._dice.uniform() if self._dice is not None else 0.0
 
     def sample(self, row: Row) -> int:
         """Draw the next token from a row of logits, which is changed. Thread-safe for different
         generations."""
         self.edit(row)
-        token = self._draw(row)
+        number, plain = self.number(), self.plain(len(row))
+        token = -1 if plain is None else together.draw_one(row, plain, number)
+        return self.take(token) if token >= 0 else self.draw_alone(row, number)
+
+    def draw_alone(self, row: Row, number: float) -> int:
+        """Draw with `number` from a row that was edited, and take the token."""
+        return self.take(self._draw(row, number))
+
+    def take(self, token: int) -> int:
+        """Note the token that was drawn from the edited row."""
         self._penalties.accept(token)
         if self._dry is not None:
             self._dry.accept(token)
@@ -114,26 +139,24 @@ class Sampler:
             self._constraint.apply(row)
 
 
-def _argmax(row: Row) -> int:
+def _argmax(row: Row, _number: float) -> int:
     return int(row.argmax())
 
 
 class _Shortlisted:
     """Shortens the list of tokens as llama.cpp does and in its order, and draws from it."""
 
-    def __init__(self, sampling: Sampling, temperature: float, dice: Callable[..., "Dice"]) -> None:
+    def __init__(self, sampling: Sampling, temperature: float, dice: Dice) -> None:
         self._top_k = max(sampling.top_k, 0)
         self._typical_p = bounded(sampling.typical_p, 0.0, 1.0, 1.0)
         self._top_p = bounded(sampling.top_p, 0.0, 1.0, 1.0)
-        min_p = bounded(sampling.min_p, 0.0, 1.0, 0.0)
-        self._depth = math.log(min_p) if min_p > 0 else -math.inf
+        self._depth = _depth(sampling)
         self._xtc_probability = bounded(sampling.xtc_probability, 0.0, 1.0, 0.0)
         self._xtc_threshold = bounded(sampling.xtc_threshold, 0.0, 1.0, 0.1)
         self._temperature = np.float32(temperature)
-        self._dice = dice()
-        self._xtc_dice = dice(stream=1) if self._xtc_probability > 0 else None
+        self._xtc_dice = dice
 
-    def __call__(self, row: Row) -> int:
+    def __call__(self, row: Row, number: float) -> int:
         ids = largest(row, self._top_k) if self._top_k else None
         logits = row if ids is None else row[ids]
         if self._typical_p < 1:
@@ -142,10 +165,10 @@ class _Shortlisted:
             ids, logits = _keep(nucleus(logits, self._top_p), ids, logits)
         if self._depth > -math.inf:
             ids, logits = _keep(above(logits, float(logits.max()) + self._depth), ids, logits)
-        if self._xtc_dice is not None and self._xtc_dice.happens(self._xtc_probability):
+        if self._xtc_probability > 0 and self._xtc_dice.happens(self._xtc_probability):
             kept = without_top_choices(logits, self._xtc_threshold)
             ids, logits = _keep(kept, ids, logits)
-        drawn = self._dice.draw(logits / self._temperature)
+        drawn = weighted(logits / self._temperature, number)
         return drawn if ids is None else int(ids[drawn])
 
 
@@ -156,12 +179,11 @@ def _keep(kept: Ids, ids: Ids | None, logits: Row) -> tuple[Ids, Row]:
 class _Whole:
     """Draws from all tokens: first a block of them, then one in there."""
 
-    def __init__(self, temperature: float, dice: Callable[..., "Dice"]) -> None:
+    def __init__(self, temperature: float, dice: Dice) -> None:
         self._temperature = np.float32(temperature)
-        self._block_dice = dice()
-        self._dice = dice(stream=1)
+        self._dice = dice
 
-    def __call__(self, row: Row) -> int:
+    def __call__(self, row: Row, number: float) -> int:
         highest = row.max()
         if not np.isfinite(highest):
             return int(row.argmax())
@@ -169,20 +191,34 @@ class _Whole:
         starts = np.arange(0, len(row), BLOCK)
         with np.errstate(divide="ignore"):
             blocks = np.log(np.add.reduceat(np.exp(logits), starts))
-        start = int(starts[self._block_dice.draw(blocks)])
-        return start + self._dice.draw(logits[start : start + BLOCK])
+        start = int(starts[weighted(blocks, number)])
+        return start + weighted(logits[start : start + BLOCK], self._dice.uniform())
 
 
-def _draw(sampling: Sampling, temperature: float, generation: "Generation") -> Draw:
-    # Here since tests of all else need no llama.cpp.
-    from kvserve.worker.dice import Dice  # noqa: PLC0415
-    from kvserve.worker.mirostat import Mirostat  # noqa: PLC0415
+def _depth(sampling: Sampling) -> float:
+    min_p = bounded(sampling.min_p, 0.0, 1.0, 0.0)
+    return math.log(min_p) if min_p > 0 else -math.inf
 
-    dice = partial(Dice, fold_seed(sampling.seed), generation.n_generated)
+
+def _plain(sampling: Sampling, temperature: float) -> Plain | None:
+    if temperature < _GREEDY_BELOW:
+        return Plain(top_k=1, top_p=1.0, depth=-math.inf, temperature=1.0)
+    if (
+        sampling.top_k <= 0
+        or sampling.typical_p < 1
+        or sampling.xtc_probability > 0
+        or sampling.mirostat in (1, 2)
+    ):
+        return None
+    top_p = bounded(sampling.top_p, 0.0, 1.0, 1.0)
+    return Plain(sampling.top_k, top_p, _depth(sampling), temperature)
+
+
+def _draw(sampling: Sampling, temperature: float, dice: Dice) -> Draw:
     if sampling.mirostat in (1, 2):
         tau = bounded(sampling.mirostat_tau, 0.0, 100.0, 5.0)
         eta = bounded(sampling.mirostat_eta, 0.0, 1.0, 0.1)
-        return Mirostat(sampling.mirostat, tau, eta, temperature, dice()).sample
+        return Mirostat(sampling.mirostat, tau, eta, temperature).sample
     shortens = (
         sampling.top_k > 0
         or sampling.typical_p < 1

@@ -9,6 +9,7 @@ oldest alone always fits, so it always makes progress. Cells that are only kept 
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvserve.worker.cell_rules import Operation
@@ -24,7 +25,8 @@ class Chunk:
     """Tokens `start` to `start + count` of request `id`, for sequence slot `slot`.
 
     `last` says that these are the last tokens known, so the model's output is wanted. Of a chunk
-    that is `scored` the output of every token is wanted.
+    that is `scored` the output of every token is wanted. After the one token of a generating
+    request comes `draft`: tokens that may follow, to be checked, whose outputs are wanted too.
     """
 
     id: int
@@ -33,11 +35,12 @@ class Chunk:
     count: int
     last: bool
     scored: bool = False
+    draft: tuple[int, ...] = ()
 
     @property
     def n_outputs(self) -> int:
         """Rows of logits that the chunk makes."""
-        return self.count if self.scored else int(self.last)
+        return self.count if self.scored else int(self.last) + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,12 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Tokens in the batch."""
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
+
+    @property
+    def n_drafted(self) -> int:
+        """Those of them that are drafts."""
+        return sum(len(chunk.draft) for chunk in self.chunks)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,13 +119,16 @@ class Scheduler:
     """Places up to `n_slots` requests in the `n_cells` of `cache`, `n_batch` tokens a step.
 
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
-    refuses longer prompts and ends longer answers.
+    refuses longer prompts and ends longer answers. A step checks at most `n_draft` drafted tokens;
+    with a sliding window they must be in one micro-batch of `n_ubatch`.
     """
 
     n_cells: int
     n_slots: int
     n_batch: int
     cache: PrefixCache
+    n_draft: int = 0
+    n_ubatch: int = 0
     _waiting: deque[_Entry] = field(default_factory=deque)
     _running: list[_Entry] = field(default_factory=list)
     _closed: bool = False
@@ -131,6 +142,11 @@ class Scheduler:
     def n_decoding(self) -> int:
         """Requests that generate."""
         return sum(entry.decoding for entry in self._running)
+
+    @property
+    def decoding(self) -> tuple[int, ...]:
+        """The requests that generate, the oldest first."""
+        return tuple(entry.id for entry in self._running if entry.decoding)
 
     @property
     def sequences(self) -> tuple[CachedSequence, ...]:
@@ -164,10 +180,20 @@ class Scheduler:
         self._closed = False
         self._leave_cache(entry, broken=broken)
 
-    def grow(self, request: int) -> None:
-        """A token was drawn for a running request: it goes into the next batch."""
+    def settle(self, chunk: Chunk, n_accepted: int) -> None:
+        """The first `n_accepted` drafted tokens of a chunk that was committed are right, and the
+        caller has written them: their cells are kept, the others given up."""
+        sequence = self._find(chunk.id).sequence
+        assert sequence is not None
+        if n_accepted:
+            self.cache.append(sequence, n_accepted)
+        if n_accepted < len(chunk.draft):
+            self.cache.cut_back(sequence)
+
+    def grow(self, request: int, n_tokens: int = 1) -> None:
+        """Tokens were drawn for a running request: the last one goes into the next batch."""
         entry = self._find(request)
-        entry.n_tokens += 1
+        entry.n_tokens += n_tokens
         entry.decoding = True
 
     def next_admissible(self) -> list[tuple[Tokens, str]]:
@@ -189,20 +215,31 @@ class Scheduler:
         growth = _GROWTH_CELLS * len(self._running)
         return self._n_cells_promised() + n_tokens + growth <= self.n_cells
 
-    def plan(self, n_prefill_max: int) -> Batch:
-        """The next batch: one token of every generating request, then up to `n_prefill_max`
-        prompt tokens. Empty only where nothing waits or runs."""
+    def plan(
+        self, n_prefill_max: int, drafts: Mapping[int, tuple[int, ...]] | None = None
+    ) -> Batch:
+        """The next batch: one token of every generating request, with as much of its draft as there
+        is room for, then up to `n_prefill_max` prompt tokens. Empty only where nothing waits or
+        runs."""
         self._begin_followers()
         preempted = self._make_room()
         admitted = self._admit()
         decoding = [entry for entry in self._running if entry.decoding]
         prefilling = [entry for entry in self._running if entry.sequence and not entry.decoding]
-        chunks = [_chunk(entry, 1) for entry in decoding]
-        budget = min(max(n_prefill_max, 1), self.n_batch - len(decoding))
+        n_free = self._n_free_for_drafts(len(decoding), prefilling=bool(prefilling))
+        chunks, n_drafted = [], 0
+        for entry in decoding:
+            draft = (drafts or {}).get(entry.id, ())[: n_free - n_drafted]
+            chunks.append(_chunk(entry, 1, draft))
+            n_drafted += len(draft)
+        n_most = self.n_batch
+        if n_drafted and not self.cache.rules.cuts_anywhere:
+            n_most = min(n_most, self.n_ubatch)
+        budget = min(max(n_prefill_max, 1), n_most - len(decoding) - n_drafted)
         shares = _share(prefilling, budget, self._n_outputs_each())
         chunks += [_chunk(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
-        self.cache.make_room(len(decoding) + n_prefill)
+        self.cache.make_room(len(decoding) + n_drafted + n_prefill)
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations)
 
@@ -312,6 +349,20 @@ class Scheduler:
     def _n_cells_promised(self) -> int:
         return self.cache.n_pinned + sum(entry.n_promised for entry in self._running)
 
+    def _n_free_for_drafts(self, n_decoding: int, *, prefilling: bool) -> int:
+        """Drafted tokens that the batch and the cells have room for, beside one of a prompt."""
+        rules, n_most = self.cache.rules, self.n_batch
+        if rules.recurrent:
+            return 0
+        if rules.n_window is not None:
+            # A second micro-batch would overwrite the cells that only the first one's drafts have
+            # moved out of the window (find_slot in llama.cpp's src/llama-kv-cache.cpp).
+            if prefilling and self.n_ubatch < self.n_batch:
+                return 0
+            n_most = min(n_most, self.n_ubatch)
+        n_places = n_most - n_decoding - int(prefilling)
+        return max(0, min(self.n_draft, n_places, self.n_cells - self._n_cells_promised()))
+
     def _n_outputs_each(self) -> int:
         """The most outputs of one scored chunk: a batch makes at most `n_slots`, and everyone who
         runs may want one."""
@@ -344,8 +395,8 @@ def _share(prefilling: list[_Entry], budget: int, n_outputs_each: int) -> list[t
     return [(oldest, first), *shares]
 
 
-def _chunk(entry: _Entry, count: int) -> Chunk:
+def _chunk(entry: _Entry, count: int, draft: tuple[int, ...] = ()) -> Chunk:
     assert entry.sequence is not None
     start = entry.n_past
     last = start + count == entry.n_tokens
-    return Chunk(entry.id, entry.sequence.slot, start, count, last, not entry.all_scored)
+    return Chunk(entry.id, entry.sequence.slot, start, count, last, not entry.all_scored, draft)

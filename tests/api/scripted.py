@@ -90,6 +90,9 @@ SERVING = Status(
     n_failed=4,
     n_worker_deaths=0,
     n_cells_used=512,
+    speculation="ngram",
+    n_drafted=10,
+    n_accepted=7,
     error=None,
     retry_at=None,
     reloads=(ReloadRecord("start", NOW - 60, 4.5, "done", None, None, "q8_0:q8_0", 32768),),
@@ -201,9 +204,13 @@ class Live:
 
 @contextmanager
 def live_server(
-    service: ScriptedService, config: ApiConfig = CONFIG, metrics: Metrics | None = None
+    service: ScriptedService,
+    config: ApiConfig = CONFIG,
+    metrics: Metrics | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
-    """The app under uvicorn on a port of its own, in a thread of its own."""
+    """The app under uvicorn on a port of its own, in a thread of its own; `options` are
+    uvicorn's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -211,6 +218,7 @@ def live_server(
                 log_level="critical",
                 lifespan="off",
                 timeout_graceful_shutdown=1,
+                **options,
             )
         )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

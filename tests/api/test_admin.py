@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvserve.api.documents import plan_document
+from kvserve.api.plan_documents import plan_document
 from kvserve.core.lifecycle import Phase
 from kvserve.core.plan import Request, Task
 from kvserve.core.selector import select

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvserve.core.dtypes import LADDER
+from kvserve.core.dtypes import LADDER, parse_pair
 from kvserve.core.machine import Backend
 from kvserve.doctor.facts import KernelSpeed, Model
 from kvserve.doctor.findings import Level
@@ -69,6 +69,13 @@ def test_pairs_larger_than_the_plan_are_left_out():
     launch = replace(GPU_LAUNCH, n_ctx=8192, pair=LADDER[2])
     speeds = probe_kernels("/m.gguf", launch, 2, (sys.executable, "-c", answer))
     assert [found.pair for found in speeds] == list(LADDER[2:])
+
+
+def test_the_planned_pair_is_tried_too():
+    answer = ECHO + "print(json.dumps({'depth': 1, 'shallow_seconds': 1, 'deep_seconds': 2}))"
+    launch = replace(GPU_LAUNCH, pair=parse_pair("q5_0"))
+    speeds = probe_kernels("/m.gguf", launch, 2, (sys.executable, "-c", answer))
+    assert [found.pair for found in speeds] == [*LADDER, launch.pair]
 
 
 @pytest.mark.parametrize(("launch", "n_ctx"), [(CPU_LAUNCH, N_CTX_CPU), (GPU_LAUNCH, N_CTX_GPU)])

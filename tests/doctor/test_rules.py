@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvserve.core.dtypes import LADDER
+from kvserve.core.dtypes import LADDER, parse_pair
 from kvserve.core.machine import Gpu, Host
 from kvserve.core.plan import Request
 from kvserve.core.selector import select
@@ -121,6 +121,19 @@ def test_pairs_without_a_kernel():
     assert found.level is Level.PROBLEM
     assert found.what == "no compiled kernel for q8_0:q5_1, q8_0:q4_0, q5_1:q4_0"
     assert "GGML_CUDA_FA_QUANTS" in found.remedy
+
+
+def test_a_fixed_pair_without_a_kernel():
+    pair = parse_pair("q4_1")
+    gpu = machine(7.6)
+    plan = select(llama3_8b(), gpu, Request(n_ctx=8192, pair=pair))
+    found = worries(
+        model=Model("/m.gguf", plan=replace(plan, chosen=replace(plan.chosen, exact=True)))
+    )
+    (found,) = found.values()
+    assert (found.check, found.level) == ("kv pairs", Level.PROBLEM)
+    assert "q4_1:q4_1: no compiled kernel" in found.what
+    assert "q8_0:q4_0" in found.remedy
 
 
 def test_a_build_that_names_no_pairs_has_the_default_ones():

@@ -205,7 +205,7 @@ def test_dry_ends_a_loop(complete) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
         ({"top_logprobs": 2}, "top_logprobs"),
     ],
 )

@@ -32,10 +32,11 @@ from kvserve.ipc.messages import (
     ToWorker,
 )
 from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket
+from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
 from kvserve.supervisor.observing import Observer
-from kvserve.supervisor.states import Exit, Tick
+from kvserve.supervisor.states import Tick
 from kvserve.supervisor.status import Measured
 from tests.core.shapes import llama3_8b, machine
 

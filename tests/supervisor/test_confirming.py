@@ -15,8 +15,9 @@ from kvserve.core.plan import Estimate, Launch, Memory, Plan, Request
 from kvserve.core.selector import select
 from kvserve.supervisor.calibration import Calibration
 from kvserve.supervisor.confirming import MOST_ROUNDS, Oracle, confirm
+from kvserve.supervisor.deciding import Decider, Machines
 from kvserve.supervisor.measurements import MOST_LAUNCHES, MOST_MODELS, Measurements
-from kvserve.supervisor.planning import MachinePlanner, Machines
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.units import GIB
 from tests.core.shapes import llama3_8b, machine
 
@@ -99,7 +100,7 @@ def planner(tmp_path: Path, oracle: Said, vram_gib: float) -> MachinePlanner:
         gpu_process_memory=lambda _uuid, _pid: None, host_process_memory=lambda _pid: None,
     )  # fmt: skip
     calibration = Calibration(tmp_path / "calibration.json")
-    return MachinePlanner(llama3_8b(), REQUEST, machines, calibration, oracle=oracle)
+    return MachinePlanner(Decider(llama3_8b(), REQUEST, machines, calibration, oracle=oracle))
 
 
 def test_the_planner_confirms_what_it_decides(tmp_path: Path) -> None:
@@ -144,6 +145,15 @@ def test_devices_are_summed_as_the_plan_sees_them(tmp_path: Path) -> None:
         host=Memory(kv_bytes=2, compute_bytes=4, output_bytes=1),
     )
     assert oracle.findings.exact[OTHER].gpu.kv_bytes == 8193
+
+
+def test_several_gpus_are_told_apart(tmp_path: Path) -> None:
+    launch = replace(LAUNCH, tensor_split=(17.0, 16.0))
+    oracle = oracle_that(tmp_path, ANSWER)
+    oracle.ask([launch])
+    each = oracle.findings.exact[launch].each
+    assert each == (Memory(kv_bytes=32768, compute_bytes=7), Memory(kv_bytes=1))
+    assert oracle_that(tmp_path, "sys.exit(9)").findings.exact[launch].each == each
 
 
 def test_answers_are_kept_for_the_next_daemon_and_not_asked_again(tmp_path: Path) -> None:

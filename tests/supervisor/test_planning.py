@@ -14,7 +14,8 @@ from kvserve.core.plan import Plan, Request, Task
 from kvserve.core.shape import ModelShape
 from kvserve.ipc.messages import Loaded, MemoryReport
 from kvserve.supervisor.calibration import GROWTH_BYTES, Calibration
-from kvserve.supervisor.planning import MachinePlanner, Machines
+from kvserve.supervisor.deciding import Decider, Machines
+from kvserve.supervisor.planning import MachinePlanner
 from kvserve.units import GIB, MIB
 from tests.core.measured import measured_alike
 from tests.core.shapes import llama3_8b, machine, plain
@@ -63,7 +64,8 @@ class Box:
         )
         calibration = Calibration(path / "calibration.json")
         request = Request(n_ctx=32768)
-        return MachinePlanner(shape or llama3_8b(), request, machines, calibration, settle_seconds)
+        decider = Decider(shape or llama3_8b(), request, machines, calibration)
+        return MachinePlanner(decider, settle_seconds)
 
 
 def pair_of(plan: Plan) -> str:
@@ -199,13 +201,14 @@ def test_quality_that_is_measured_later_counts_at_the_next_plan(tmp_path: Path) 
     box = Box(70.0)
     known = [NOTHING_MEASURED]
     machines = Machines(box.box.build, read_gpus=box.read_gpus, read_host=box.read_host)
-    planner = MachinePlanner(
+    decider = Decider(
         llama3_8b(),
         Request(n_ctx=8192, task=Task.MATH),
         machines,
         Calibration(tmp_path / "calibration.json"),
         quality=lambda: known[0],
     )
+    planner = MachinePlanner(decider)
     before = asyncio.run(planner.plan(8192))
     assert str(before.chosen.launch.pair) == "f16:f16"
     assert planner.allows(before, Task.MATH)

@@ -78,21 +78,25 @@ class FakeMemory:
             end = chunk.start + chunk.count
             assert 0 <= chunk.slot < self.n_slots
             assert self.tokens(chunk.slot) == known[chunk.id][: chunk.start], "a wrong prefix"
+            assert not (chunk.draft and self.rules.recurrent)
             if chunk.start and self.rules.n_window is not None:
                 needed = max(0, chunk.start - self.rules.n_window + 1)
                 assert self.lowest[chunk.slot] <= needed, "the window is not whole"
             cells = self.sequences.setdefault(chunk.slot, [])
-            cells += [Cell(token) for token in known[chunk.id][chunk.start : end]]
             self.lowest.setdefault(chunk.slot, 0)
-        self._overwrite()
+            cells += [Cell(token) for token in known[chunk.id][chunk.start : end]]
+            cells += [Cell(token) for token in chunk.draft]
+        self._overwrite({chunk.slot: len(chunk.draft) for chunk in batch.chunks})
         return True
 
-    def _overwrite(self) -> None:
-        """Sliding windows lose cells that nothing looks back to any more, at any time."""
+    def _overwrite(self, n_drafted: dict[int, int]) -> None:
+        """Sliding windows lose cells that nothing looks back to any more, at any time; in one
+        micro-batch, none that the first of its tokens looks back to."""
         if self.rules.n_window is None:
             return
         for slot, cells in self.sequences.items():
-            highest = max(0, len(cells) - self.rules.n_window + 1)
+            n_sure = len(cells) - n_drafted.get(slot, 0)
+            highest = max(0, n_sure - self.rules.n_window + 1)
             if highest > self.lowest[slot]:
                 self.lowest[slot] = self.random.randint(self.lowest[slot], highest)
 
@@ -105,8 +109,9 @@ def fake_scheduler(
     *,
     n_really: int | None = None,
     shortest: int = 1,
+    n_draft: int = 0,
 ) -> tuple[Scheduler, FakeMemory]:
     """A scheduler, and the memory that its batches are meant for."""
     memory = FakeMemory(n_cells if n_really is None else n_really, n_slots, rules)
     cache = PrefixCache(n_cells, n_slots, rules, memory.first_position, shortest)
-    return Scheduler(n_cells, n_slots, n_batch, cache), memory
+    return Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch), memory

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from kvserve.ipc.messages import Sampling
 from kvserve.worker.drawing import Drawer, Wish
+from kvserve.worker.sampling import Sampler
+from kvserve.worker.sequences import Generation, Limits
+
+NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass
@@ -15,6 +20,9 @@ class Highest:
 
     threads: set[int] = field(default_factory=set)
 
+    def plain(self, n_vocab: int) -> None:
+        return None
+
     def sample(self, row: np.ndarray) -> int:
         self.threads.add(threading.get_ident())
         token = int(row.argmax())
@@ -22,34 +30,123 @@ class Highest:
         return token
 
 
+def some_rows(n: int, n_vocab: int = 2000) -> np.ndarray:
+    return np.random.default_rng(1).normal(0, 3, size=(n, n_vocab)).astype(np.float32)
+
+
 def wishes(n: int, sampler: object, n_logprobs: int | None) -> list[Wish]:
-    rows = np.random.default_rng(1).normal(size=(n, 2000)).astype(np.float32)
-    return [Wish(100 + i, row, sampler, n_logprobs) for i, row in enumerate(rows)]
+    return [Wish(100 + i, i, sampler, lambda token: True, n_logprobs) for i in range(n)]
+
+
+def sampler_of(**fields: object) -> Sampler:
+    return Sampler(
+        Sampling(**fields),
+        Generation(np.array([1], dtype=np.int32), Limits(max_tokens=400)),
+        forbidden=NONE,
+        end_tokens=NONE,
+        piece=lambda token: b"x",
+    )
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 17])
 def test_order_and_likelihoods(n: int, n_threads: int) -> None:
-    asked = wishes(n, Highest(), 2)
-    expected = [int(wish.row.argmax()) for wish in asked]
-    drawn = Drawer(n_threads, lambda token: b"x").draw(asked)
-    assert [token for token, _ in drawn] == expected
-    assert [found.id for _, found in drawn] == [wish.id for wish in asked]
+    asked, rows = wishes(n, Highest(), 2), some_rows(n)
+    expected = rows.argmax(axis=1).tolist()
+    drawn = Drawer(n_threads, lambda token: b"x").draw(rows, asked)
+    assert [token for [(token, _)] in drawn] == expected
+    assert [found.id for [(_, found)] in drawn] == [wish.id for wish in asked]
     # Read before the sampler changed the row.
-    assert all(found.drawn == found.top[0] for _, found in drawn)
+    assert all(found.drawn == found.top[0] for [(_, found)] in drawn)
 
 
 def test_no_likelihoods_unless_wanted() -> None:
-    drawn = Drawer(2, lambda token: b"x").draw(wishes(6, Highest(), None))
-    assert all(found is None for _, found in drawn)
+    drawn = Drawer(2, lambda token: b"x").draw(some_rows(6), wishes(6, Highest(), None))
+    assert all(found is None for [(_, found)] in drawn)
 
 
 def test_a_failure_on_a_thread_is_not_lost() -> None:
-    class Broken:
+    class Broken(Highest):
         def sample(self, row: np.ndarray) -> int:
             raise ValueError("bad row")
 
     asked = wishes(8, Highest(), None)
-    asked[1] = Wish(1, asked[1].row, Broken())
+    asked[1] = Wish(1, 1, Broken(), lambda token: True)
     with pytest.raises(ValueError, match="bad row"):
-        Drawer(4, lambda token: b"x").draw(asked)
+        Drawer(4, lambda token: b"x").draw(some_rows(8), asked)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("draft", "n_wanted", "drawn"),
+    [
+        ((4, 7, 2), 9, [4, 7, 2, 5]),
+        ((4, 7, 3), 9, [4, 7, 2]),
+        ((1, 7, 2), 9, [4]),
+        ((4, 7, 2), 2, [4, 7]),
+        ((), 9, [4]),
+    ],
+)
+def test_a_draft_counts_as_far_as_it_is_drawn_and_wanted(
+    draft: tuple[int, ...], n_wanted: int, drawn: list[int], together: bool
+) -> None:
+    sampler = sampler_of(temperature=0.0) if together else Highest()
+    taken: list[int] = []
+
+    def accept(token: int) -> bool:
+        taken.append(token)
+        return len(taken) < n_wanted
+
+    rows = np.eye(300, dtype=np.float32)[[4, 7, 2, 5][: len(draft) + 1]]
+    wish = Wish(1, 0, sampler, accept, None, draft)
+    [found] = Drawer(1, lambda token: b"x").draw(rows, [wish])
+    assert [token for token, _ in found] == taken == drawn
+
+
+MIXED = (
+    {},
+    {"temperature": 0.0},
+    {"top_k": 5, "top_p": 0.9},
+    {"top_p": 0.5},
+    {"min_p": 0.2, "temperature": 1.5},
+    {"top_k": 300},
+    {"top_k": 0},
+    {"typical_p": 0.5},
+    {"presence_penalty": 1.0, "repeat_penalty": 1.2},
+    {"logit_bias": {7: 100.0}, "top_k": 2},
+    {"xtc_probability": 0.5},
+    {"mirostat": 2},
+)
+
+
+@pytest.mark.parametrize("n_vocab", [100, 2000, 70_001])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_token_hangs_on_its_own_row_alone(n_vocab: int, n_threads: int) -> None:
+    """Drawn in a crowd, in another order and alone, over several steps."""
+    drawer = Drawer(n_threads, lambda token: b"x")
+    crowd = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    shuffled = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    lone = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    for step in range(4):
+        rows = some_rows(len(MIXED) + step, n_vocab)[step:]
+        places = np.random.default_rng(step).permutation(len(MIXED))
+        alone = [one.sample(row) for one, row in zip(lone, rows.copy(), strict=True)]
+        asked = [Wish(i, i, one, lambda token: True) for i, one in enumerate(crowd)]
+        others = [Wish(i, i, shuffled[i], lambda token: True) for i in places[:7].tolist()]
+        drawn = drawer.draw(rows.copy(), asked)
+        assert [token for [(token, _)] in drawn] == alone
+        mixed = drawer.draw(rows.copy(), others)
+        assert [token for [(token, _)] in mixed] == [alone[wish.id] for wish in others]
+        for i in places[7:].tolist():
+            shuffled[i].sample(rows[i].copy())
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.nan, 0.0, -1e9])
+def test_a_row_without_a_choice_does_not_spoil_its_neighbours(value: float) -> None:
+    rows = some_rows(4, 5000)
+    rows[1] = value
+    asked = [Wish(i, i, sampler_of(seed=1), lambda token: True) for i in range(4)]
+    expected = [sampler_of(seed=1).sample(row) for row in rows.copy()]
+    drawn = Drawer(2, lambda token: b"x").draw(rows, asked)
+    assert [token for [(token, _)] in drawn] == expected
+    assert all(0 <= token < 5000 for token in expected)

@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.worker.pace import Pace
-from kvserve.worker.scheduler import Scheduler
+from kvserve.worker.scheduler import Chunk, Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
 TEXTS = ([1] * 200, [1] * 5 + [2] * 195, [1, 2] * 100, list(range(200)))
+
+
+def following(text: list[int]) -> int:
+    """The next token of a text."""
+    return 3 + sum(text) % 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Run:
     n_scored: Counter[int] = field(default_factory=Counter)
     n_prefilled: int = 0
     n_steps: int = 0
+    n_accepted: int = 0
+    drafts: bool = True
 
     def play(self) -> "Run":
         pending = sorted(range(len(self.asks)), key=lambda n: self.asks[n].arrives)
@@ -76,23 +83,29 @@ class Run:
     def _step(self) -> None:
         scheduler = self.scheduler
         decoding_before = scheduler.n_decoding
-        batch = scheduler.plan(self.prefill)
+        drafts = {n: self._draft(n) for n in self.live} if self.drafts else {}
+        batch = scheduler.plan(self.prefill, drafts)
         self.admitted += [n for n in batch.admitted if n not in self.admitted]
         self.n_prefilled += batch.n_prefill
         assert batch.chunks
         assert 0 < batch.n_tokens <= scheduler.n_batch
         assert batch.n_prefill <= max(self.prefill, 1)
         assert self.live[0] in {chunk.id for chunk in batch.chunks}
-        assert batch.n_tokens - batch.n_prefill >= decoding_before - len(batch.preempted)
+        n_decoding = batch.n_tokens - batch.n_prefill - batch.n_drafted
+        assert n_decoding >= decoding_before - len(batch.preempted)
         assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
-        assert sum(chunk.n_outputs for chunk in batch.chunks) <= scheduler.n_slots
+        n_outputs = sum(chunk.n_outputs for chunk in batch.chunks)
+        assert n_outputs <= scheduler.n_slots + batch.n_drafted
+        assert batch.n_drafted <= scheduler.n_draft
+        self.drafts = True
         if not self.memory.decode(batch, self.known):
-            if not scheduler.relieve():
+            if batch.n_drafted:
+                self.drafts = False
+            elif not scheduler.relieve():
                 self.failed.add(self.live[0])
                 self._drop(self.live[0], broken=True)
             return
         scheduler.commit(batch)
-        self._check_cells()
         for chunk in batch.chunks:
             end = chunk.start + chunk.count
             assert chunk.last == (end == len(self.known[chunk.id]))
@@ -102,18 +115,39 @@ class Run:
                 self.n_scored[chunk.id] = max(self.n_scored[chunk.id], end)
             if chunk.last:
                 assert self.n_scored[chunk.id] == self.asks[chunk.id].n_to_score
-                self._draw(chunk.id)
+                self._draw(chunk)
+        self.memory.change(scheduler.cache.take_operations())
+        self._check_cells()
 
-    def _draw(self, n: int) -> None:
+    def _draft(self, n: int) -> tuple[int, ...]:
+        """What may come next; wrong now and then. As in the engine, never more than is wanted."""
         ask, known = self.asks[n], self.known[n]
-        if len(known) - len(ask.prompt) + 1 >= ask.n_answer:
+        n_most = ask.n_answer - (len(known) - len(ask.prompt)) - 1
+        draft, text = [], list(known)
+        for _ in range(min(n_most, self.n_steps % 5)):
+            text.append(following(text))
+            draft.append(text[-1] if sum(text) % 7 else 9)
+        return tuple(draft)
+
+    def _draw(self, chunk: Chunk) -> None:
+        n = chunk.id
+        ask, known = self.asks[n], self.known[n]
+        drawn = []
+        for drafted in (*chunk.draft, None):
+            drawn.append(following(known))
+            known.append(drawn[-1])
+            self.tokens[n][len(known) - 1] = drawn[-1]
+            if len(known) - len(ask.prompt) >= ask.n_answer or drawn[-1] != drafted:
+                break
+        if chunk.draft:
+            self.scheduler.settle(chunk, len(drawn) - 1)
+            self.n_accepted += len(drawn) - 1
+        if len(known) - len(ask.prompt) >= ask.n_answer:
             self.ended[n] += 1
             self.n_cached[n] = self.scheduler.n_cached(n)
             self._drop(n)
             return
-        self.tokens[n][len(known)] = 3 + sum(known) % 2
-        known.append(int(self.tokens[n][len(known)]))
-        self.scheduler.grow(n)
+        self.scheduler.grow(n, len(drawn))
 
     def _drop(self, n: int, *, broken: bool = False) -> None:
         self.live.remove(n)
@@ -150,6 +184,7 @@ def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
         draw(st.sampled_from(ALL_RULES)),
         n_really=max(n_cells * draw(st.integers(n_really_percent, 100)) // 100, 1),
         shortest=draw(st.integers(1, 4)),
+        n_draft=draw(st.sampled_from((0, 0, 1, 4, 12))),
     )
     return Run(scheduler, memory, asks, draw(st.integers(1, 64)))
 
