@@ -9,8 +9,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -87,6 +90,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--gpu-layers", type=int, default=0)
     parser.add_argument("--draft-max", type=int, default=8)
     parser.add_argument("--n-draft", type=int, default=16, help="drafted tokens of all streams")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the worker's time on the CPU, not the clock's",
+    )
     parser.add_argument("--show", action="store_true", help="print the beginnings of answers")
     return parser.parse_args()
 
@@ -113,7 +121,7 @@ def measure(peer: Peer, arguments: argparse.Namespace) -> None:
         )
     )
     assert isinstance(loaded, Loaded), loaded
-    bench = Bench(peer, arguments.tokens)
+    bench = Bench(peer, arguments.tokens, cpu_time=arguments.cpu_time)
     print(HEADER, flush=True)
     for text in arguments.texts.split(","):
         for n in streams:
@@ -131,8 +139,9 @@ def measure(peer: Peer, arguments: argparse.Namespace) -> None:
 class Bench:
     """Sends rounds of requests: those with even numbers are speculated on."""
 
-    def __init__(self, peer: Peer, n_tokens: int) -> None:
+    def __init__(self, peer: Peer, n_tokens: int, *, cpu_time: bool) -> None:
         self._peer = peer
+        self._clock = partial(cpu_seconds, peer.process.pid) if cpu_time else time.perf_counter
         self._n_tokens = n_tokens
         self._id = 0
 
@@ -157,9 +166,9 @@ class Bench:
         peer.steps.clear()
         while any(not peer.answers[request].tokens for request in asked):
             peer.receive()
-        begun, n_before = time.perf_counter(), self._n(asked)
+        begun, n_before = self._clock(), self._n(asked)
         answers = peer.finish(*asked)
-        seconds = time.perf_counter() - begun
+        seconds = self._clock() - begun
         return Round(
             (self._n(asked) - n_before) / seconds,
             self._n(asked),
@@ -170,6 +179,12 @@ class Bench:
 
     def _n(self, asked: list[int]) -> int:
         return sum(len(self._peer.answers[request].tokens) for request in asked)
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has had of the CPU: other work takes none of that."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def request(text: str, seed: int) -> tuple[Prompt, Sampling]:
