@@ -13,9 +13,10 @@ from dataclasses import replace
 from functools import partial
 
 import structlog
+from msgspec import structs
 
 from kvserve.core.growth import Adapt, grown
-from kvserve.core.lifecycle import Event, Phase, advance
+from kvserve.core.lifecycle import Event, advance
 from kvserve.core.plan import Plan, Task
 from kvserve.errors import KvserveError, NotReady, ReloadInProgress, WorkerFailed
 from kvserve.ipc.messages import (
@@ -31,6 +32,8 @@ from kvserve.ipc.messages import (
     Shutdown,
     Started,
     Step,
+    TakeIn,
+    TakenIn,
     Transcode,
 )
 from kvserve.supervisor.adapting import Adapting
@@ -58,11 +61,13 @@ from kvserve.supervisor.states import (
     Draining,
     Ended,
     Failing,
+    Handover,
     Heard,
     Idle,
     Leaving,
     Loading,
     NotSpawned,
+    Overlapping,
     Serving,
     Spawned,
     State,
@@ -70,12 +75,14 @@ from kvserve.supervisor.states import (
     Stopped,
     Stopping,
     Submitted,
+    Successor,
     SupervisorEvent,
     Tick,
     Weighed,
     Worker,
     attempt_of,
     plan_of,
+    successor_of,
     worker_of,
 )
 from kvserve.supervisor.status import Measured, ReloadOutcome, Status
@@ -119,6 +126,7 @@ class Supervisor:
         self._measured: Measured | None = None
         self._history = History(wall_clock, self._observer, self._news)
         self._planning = False
+        self._leaving: dict[Worker, float] = {}
         self._streak = 0
         self._answered_at_load = 0
         self._heard_at = clock()
@@ -131,8 +139,8 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether a worker serves and no reload is under way."""
-        return self._state.phase is Phase.SERVING
+        """Whether a worker serves, and new requests need not wait for a reload."""
+        return isinstance(self._state, Serving | Overlapping)
 
     def submit(self, spec: GenerationSpec) -> Ticket:
         """Put a request in line."""
@@ -171,14 +179,14 @@ class Supervisor:
     def status(self) -> Status:
         """The state at this moment."""
         state = self._state
-        loaded = state.loaded if isinstance(state, Serving | Draining) else None
+        loaded = state.loaded if isinstance(state, Serving | Overlapping | Draining) else None
         failing = state if isinstance(state, Failing) else None
         worker = worker_of(state)
         return Status(
             phase=state.phase,
             plan=plan_of(state),
             measured=self._measured if loaded else None,
-            load_fraction=state.fraction if isinstance(state, Loading) else None,
+            load_fraction=state.fraction if isinstance(state, Loading | Overlapping) else None,
             template=loaded.template if loaded else None,
             engine=self._history.engine,
             worker_pid=worker.pid if worker else None,
@@ -213,8 +221,9 @@ class Supervisor:
             ticking.cancel()
             for task in self._tasks:
                 task.cancel()
-            if (worker := worker_of(self._state)) is not None:
-                worker.kill()
+            for worker in (worker_of(self._state), successor_of(self._state), *self._leaving):
+                if worker is not None:
+                    worker.kill()
             if (attempt := attempt_of(self._state)) is not None:
                 attempt.carried.close()
             self._requests.fail_all(NotReady("the server is shutting down"))
@@ -243,26 +252,41 @@ class Supervisor:
                 self._on_submitted(job)
             case Cancelled(request_id):
                 self._requests.cancel(request_id, self._answering_worker())
+            case ChangeAsked(n_ctx, answer):
+                self._on_change_asked(n_ctx, answer)
+            case ChangePlanned(change, result, beside_bytes):
+                self._on_change_planned(change, result, beside_bytes)
+            case StopAsked():
+                self._on_stop_asked()
+            case Spawned() | NotSpawned() | Heard() | Ended() | Weighed():
+                self._on_worker_event(event)
+            case Tick():
+                pass
+        self._look_at_clock(self._clock())
+
+    def _on_worker_event(self, event: Spawned | NotSpawned | Heard | Ended | Weighed) -> None:
+        match event:
             case Spawned(worker, plan):
                 self._on_spawned(worker, plan)
             case NotSpawned(error):
                 if isinstance(self._state, Idle):
                     self._on_attempt_failed(self._state.attempt, Failure(error.message, error))
+                elif isinstance(self._state, Overlapping):
+                    self._reload_in_order(self._state, error.message)
             case Heard(worker, message) if worker is worker_of(self._state):
                 self._on_heard(worker, message)
             case Ended(worker, exit_) if worker is worker_of(self._state):
                 self._on_ended(exit_)
+            case Heard(worker, message) if worker is successor_of(self._state):
+                self._on_successor_heard(worker, message)
+            case Ended(worker, exit_) if worker is successor_of(self._state):
+                self._on_successor_lost(exit_)
+            case Ended(worker, _):
+                self._leaving.pop(worker, None)
             case Weighed(worker, measured) if worker is worker_of(self._state):
                 self._measured = measured
-            case ChangeAsked(n_ctx, answer):
-                self._on_change_asked(n_ctx, answer)
-            case ChangePlanned(change, result):
-                self._on_change_planned(change, result)
-            case StopAsked():
-                self._on_stop_asked()
             case _:
                 pass
-        self._look_at_clock(self._clock())
 
     def _move(self, event: Event, state: State) -> None:
         """Enter another phase. An unlisted transition raises."""
@@ -294,23 +318,23 @@ class Supervisor:
     def _look_at_clock(self, now: float) -> None:
         """Whatever is due: deadlines, timeouts, and the next requests for an answering worker."""
         self._requests.expire(now, self._answering_worker())
+        for overdue in [worker for worker, kill_at in self._leaving.items() if now >= kill_at]:
+            overdue.kill()
         match self._state:
             case Idle(attempt, start_at=float(start_at)) as idle if now >= start_at:
                 self._update(replace(idle, start_at=None))
                 self._history.spawning()
                 self._beside(self._spawn(attempt))
             case Loading(worker, heard_at=heard_at):
-                if now - heard_at > self._policy.load_timeout:
-                    log.error("worker hangs while loading", pid=worker.pid)
-                    worker.kill(f"silent for {now - heard_at:.0f} s while it loaded")
-            case Serving(worker, attempt, loaded) as serving:
-                if not self._requests.running:
-                    self._heard_at = now
-                # Twice the batch: the next prompts are tokenized before a place is free.
-                places = 2 * attempt.plan.chosen.launch.n_parallel
-                self._requests.dispatch(worker, places, self._terms(attempt.plan, loaded.n_ctx))
-                self._kill_if_hung(worker, now)
+                self._kill_if_stuck(worker, now - heard_at)
+            case Serving() as serving:
+                self._answer(serving, now)
                 self._adapt(serving, now)
+            case Overlapping() as overlapping:
+                self._answer(overlapping, now)
+                self._kill_if_stuck(overlapping.successor, now - overlapping.heard_at)
+            case Handover(worker, since=since):
+                self._kill_if_stuck(worker, now - since)
             case Draining() as draining:
                 self._drain(draining, now)
             case Leaving(worker, kill_at=kill_at) if now >= kill_at:
@@ -323,13 +347,28 @@ class Supervisor:
             case _:
                 pass
 
+    def _kill_if_stuck(self, worker: Worker | None, seconds: float) -> None:
+        if worker is not None and seconds > self._policy.load_timeout:
+            log.error("worker hangs while loading", pid=worker.pid)
+            worker.kill(f"silent for {seconds:.0f} s while it loaded")
+
+    def _answer(self, state: Serving | Overlapping, now: float) -> None:
+        """Hand the next requests to the worker, and see that it works."""
+        if not self._requests.running:
+            self._heard_at = now
+        plan = state.attempt.plan
+        # Twice the batch: the next prompts are tokenized before a place is free.
+        places = 2 * plan.chosen.launch.n_parallel
+        self._requests.dispatch(state.worker, places, self._terms(plan, state.loaded.n_ctx))
+        self._kill_if_hung(state.worker, now)
+
     def _kill_if_hung(self, worker: Worker, now: float) -> None:
         if self._requests.running and now - self._heard_at > self._policy.step_timeout:
             log.error("worker hangs", pid=worker.pid, silent_seconds=round(now - self._heard_at))
             worker.kill(f"silent for {now - self._heard_at:.0f} s with work to do")
 
     def _answering_worker(self) -> Worker | None:
-        answering = isinstance(self._state, Serving | Draining | Stopping)
+        answering = isinstance(self._state, Serving | Overlapping | Draining | Stopping)
         return worker_of(self._state) if answering else None
 
     def _on_submitted(self, job: Job) -> None:
@@ -353,6 +392,17 @@ class Supervisor:
                     task=plan.request.also,
                     n_out_of_memory=attempt.n_out_of_memory,
                 )
+        except KvserveError as error:
+            self.post(NotSpawned(error))
+        except Exception as error:
+            log.exception("planning failed")
+            self.post(NotSpawned(WorkerFailed(f"planning failed: {error!r}")))
+        else:
+            await self._start(plan)
+
+    async def _start(self, plan: Plan) -> None:
+        """Spawn for a plan, and tell the loop what the worker says until it has ended."""
+        try:
             worker = await self._spawner.spawn(plan.chosen.launch)
         except KvserveError as error:
             self.post(NotSpawned(error))
@@ -371,10 +421,14 @@ class Supervisor:
 
     def _on_spawned(self, worker: Worker, plan: Plan) -> None:
         state = self._state
+        now = self._clock()
+        if isinstance(state, Overlapping) and state.successor is None:
+            self._update(replace(state, successor=worker, since=now, heard_at=now))
+            worker.send(load_message(state.following, self._policy))
+            return
         if not isinstance(state, Idle):  # stopped meanwhile
             worker.kill()
             return
-        now = self._clock()
         attempt = replace(state.attempt, plan=plan)
         self._measured = None
         self._move(Event.SPAWN, Loading(worker, attempt, since=now, heard_at=now))
@@ -385,17 +439,11 @@ class Supervisor:
         match message, self._state:
             case Hello(), _:
                 self._history.engine = f"{message.engine} {message.engine_version}"
-            case Progress(), Loading() as state:
-                self._update(replace(state, fraction=message.fraction, heard_at=self._heard_at))
-                self._news.tell(WeightsLoaded(message.fraction))
-            case Loaded(), Loading() as state:
-                self._on_loaded(state, message)
-            case LoadFailed(), Loading() as state:
-                self._update(replace(state, failed=message))
-                worker.kill()
-            case Started(), Serving(attempt=attempt, loaded=loaded) | Draining(
+            case Progress() | Loaded() | LoadFailed() | TakenIn(), _:
+                self._on_load_heard(worker, message)
+            case Started(), Serving(attempt=attempt, loaded=loaded) | Overlapping(
                 attempt=attempt, loaded=loaded
-            ):
+            ) | Draining(attempt=attempt, loaded=loaded):
                 cache_type = str(attempt.plan.chosen.launch.pair)
                 mark = fingerprint(attempt.plan, self._policy)
                 self._requests.started(message, loaded.n_ctx, cache_type, mark)
@@ -408,23 +456,49 @@ class Supervisor:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
                 self._requests.worker_paused()
-                self._leave(state, adopt(worker.pid, message))
+                self._on_paused(state, adopt(worker.pid, message))
             case Paused(), Stopping() as state:
                 self._update(replace(state, shutdown_at=self._clock()))
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
 
-    def _on_loaded(self, state: Loading, message: Loaded) -> None:
+    def _on_load_heard(
+        self, worker: Worker, message: Progress | Loaded | LoadFailed | TakenIn
+    ) -> None:
+        match message, self._state:
+            case Progress(), Loading() as state:
+                self._update(replace(state, fraction=message.fraction, heard_at=self._heard_at))
+                self._news.tell(WeightsLoaded(message.fraction))
+            case Loaded(), Loading() as state:
+                self._on_loaded(state, message)
+            case TakenIn(), Handover(loaded=loaded) as state:
+                self._on_loaded(state, structs.replace(loaded, carried=message.carried))
+            case LoadFailed(), Loading() as state:
+                self._update(replace(state, failed=message))
+                worker.kill()
+            case _:
+                log.debug("frame out of place", frame=type(message).__name__)
+
+    def _on_paused(self, state: Draining, carried: Carried) -> None:
+        if state.successor is None:
+            self._leave(state, carried)
+        else:
+            self._hand_over(state, state.successor, carried)
+
+    def _on_loaded(self, state: Loading | Handover, message: Loaded) -> None:
         # Gigabytes take the kernel a while to free.
         self._beside(asyncio.to_thread(state.attempt.carried.close))
         carry = state.attempt.carried.reported(message.carried)
         attempt = replace(state.attempt, carried=NOTHING)
-        in_force = replace(attempt, change=None)
+        in_force = replace(
+            attempt, change=None, paused_at=None, beside_bytes=None, in_order_because=None
+        )
         self._move(Event.LOADED, Serving(state.worker, in_force, message))
         self._answered_at_load = self._requests.n_answered
         self._beside(self._weigh(state.worker, attempt.plan, message))
         outcome = "done" if attempt.failure is None else "rolled_back"
-        self._history.record(attempt, outcome, carry=carry)
+        pause = None if attempt.paused_at is None else self._clock() - attempt.paused_at
+        self._history.record(attempt, outcome, carry=carry, pause_seconds=pause)
         launch = attempt.plan.chosen.launch
         log.info(
             "serving",
@@ -432,6 +506,8 @@ class Supervisor:
             n_ctx=message.n_ctx,
             n_gpu_layers=launch.n_gpu_layers,
             load_seconds=round(message.load_seconds, 2),
+            overlapped=attempt.beside_bytes is not None,
+            pause_seconds=None if pause is None else round(pause, 3),
         )
         if carry is not None:
             log.info(
@@ -469,10 +545,17 @@ class Supervisor:
                 self._requests.worker_died(exit_.cause)
                 failure = Failure(f"the worker died: {exit_.cause}")
                 self._on_attempt_failed(replace(attempt, fallback=None, change=None), failure)
-            case Draining(following=following):
+            case Overlapping() | Draining() as state:
                 self._history.worker_died(exit_.cause)
                 self._requests.worker_died(exit_.cause)
-                self._move(Event.LOST, Idle(following, start_at=self._clock()))
+                self._on_predecessor_lost(state)
+            case Handover(attempt=attempt):
+                # What it was to take in is kept for one more try, in the ordinary order.
+                why = f"the worker died while it took conversations over: {exit_.cause}"
+                self._observer.worker_died(f"handover: {exit_.cause}")
+                log.error("handover failed", cause=exit_.cause)
+                again = replace(attempt, beside_bytes=None, in_order_because=why)
+                self._move(Event.LOST, Idle(again, start_at=self._clock()))
             case Leaving(following=following):
                 self._move(Event.LOST, Idle(following, start_at=self._clock()))
             case Stopping():
@@ -525,7 +608,7 @@ class Supervisor:
 
     def _on_change_asked(self, n_ctx: int | None, answer: asyncio.Future[ReloadOutcome]) -> None:
         state = self._state
-        if self._planning or isinstance(state, Draining | Leaving):
+        if self._planning or isinstance(state, Overlapping | Draining | Handover | Leaving):
             error: KvserveError = ReloadInProgress(
                 "a reload is under way; try again", retry_after=5
             )
@@ -543,18 +626,23 @@ class Supervisor:
     async def _plan_change(
         self, n_ctx: int | None, change: Change, task: Task | None = None
     ) -> None:
+        beside_bytes = None
         try:
-            result: Plan | KvserveError = await self._planner.plan(
+            plan = await self._planner.plan(
                 n_ctx, task=task, returning_bytes=self._returning_bytes()
             )
+            result: Plan | KvserveError = plan
+            beside_bytes = await self._planner.room_beside(plan)
         except KvserveError as error:
             result = error
         except Exception as error:
             log.exception("planning failed")
             result = WorkerFailed(f"planning failed: {error!r}")
-        self.post(ChangePlanned(change, result))
+        self.post(ChangePlanned(change, result, beside_bytes))
 
-    def _on_change_planned(self, change: Change, result: Plan | KvserveError) -> None:
+    def _on_change_planned(
+        self, change: Change, result: Plan | KvserveError, beside_bytes: int | None
+    ) -> None:
         self._planning = False
         state = self._state
         if isinstance(result, KvserveError):
@@ -571,13 +659,14 @@ class Supervisor:
                 extra_buffers=attempt.extra_buffers,
                 fallback=attempt.plan,
                 change=change,
+                beside_bytes=beside_bytes,
             )
-            pause_at = self._clock() + self._policy.drain_timeout
-            self._beside(self._spawner.spawn_ahead(result.chosen.launch))
-            self._move(
-                Event.RELOAD,
-                Draining(state.worker, attempt, state.loaded, following, pause_at=pause_at),
-            )
+            if beside_bytes is None:
+                self._reload_in_order(
+                    Overlapping(state.worker, attempt, state.loaded, following, None, 0, 0)
+                )
+            else:
+                self._overlap(state, following)
         elif isinstance(state, Failing):
             attempt = replace(state.attempt, plan=result, replan=False, change=change)
             self._move(Event.RETRY, Idle(attempt, start_at=self._clock()))
@@ -586,19 +675,120 @@ class Supervisor:
 
     def _drain(self, state: Draining, now: float) -> None:
         if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
+            following = replace(state.following, paused_at=now)
+            carry_bytes = self._policy.carry_limit(following.plan)
+            if following.beside_bytes is not None:
+                carry_bytes = min(carry_bytes, following.beside_bytes)
             limit = export_limit(
-                self._policy.carry_limit(state.following.plan),
+                carry_bytes,
                 state.attempt.plan.chosen.launch.pair,
                 state.following.plan.chosen.launch.pair,
             )
             state.worker.send(Pause(export_bytes=limit))
             n_bytes = min(limit, state.attempt.plan.chosen.memory.kv_bytes)
             patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
-            self._update(replace(state, kill_at=now + patience))
+            self._update(replace(state, following=following, kill_at=now + patience))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill("it did not pause for a reload")
         else:
             self._kill_if_hung(state.worker, now)
+
+    def _overlap(self, state: Serving, following: Attempt) -> None:
+        """Both workers fit: the next one loads while the present one answers."""
+        now = self._clock()
+        self._history.spawning()
+        self._move(
+            Event.OVERLAP,
+            Overlapping(
+                state.worker, state.attempt, state.loaded, following, None, since=now, heard_at=now
+            ),
+        )
+        self._beside(self._start(following.plan))
+
+    def _reload_in_order(self, state: Overlapping, why: str | None = None) -> None:
+        """The present worker leaves first; `why` an overlapped start failed, where it was tried."""
+        following = replace(state.following, beside_bytes=None, in_order_because=why)
+        if why is not None:
+            log.warning("the next worker has to wait for the present one's memory", reason=why)
+        pause_at = self._clock() + self._policy.drain_timeout
+        self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+        self._move(
+            Event.RELOAD,
+            Draining(state.worker, state.attempt, state.loaded, following, pause_at=pause_at),
+        )
+
+    def _on_successor_heard(self, worker: Worker, message: FromWorker) -> None:
+        now = self._clock()
+        match message, self._state:
+            case Hello(), Overlapping() as state:
+                self._update(replace(state, heard_at=now))
+            case Progress(), Overlapping() as state:
+                self._update(replace(state, fraction=message.fraction, heard_at=now))
+                self._news.tell(WeightsLoaded(message.fraction))
+            case LoadFailed(), Overlapping() as state:
+                self._update(replace(state, failed=message))
+                worker.kill()
+            case Loaded(), Overlapping() as state:
+                self._move(
+                    Event.RELOAD,
+                    Draining(
+                        state.worker,
+                        state.attempt,
+                        state.loaded,
+                        state.following,
+                        pause_at=now + self._policy.drain_timeout,
+                        successor=Successor(worker, message),
+                    ),
+                )
+            case _:
+                log.debug("frame out of place", frame=type(message).__name__)
+
+    def _on_successor_lost(self, exit_: Exit) -> None:
+        """The present worker still answers: the same reload goes on in the ordinary order."""
+        self._observer.worker_died(f"overlapping: {exit_.cause}")
+        match self._state:
+            case Overlapping(failed=failed) as state:
+                why = f"died while loading beside it: {exit_.cause}"
+                self._reload_in_order(state, failed.message if failed else why)
+            case Draining() as state:
+                why = f"died before it took over: {exit_.cause}"
+                following = replace(state.following, beside_bytes=None, in_order_because=why)
+                self._update(replace(state, following=following, successor=None))
+                self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+            case _:
+                pass
+
+    def _on_predecessor_lost(self, state: Overlapping | Draining) -> None:
+        """A worker that was to be replaced died: the next one goes on alone, or is spawned."""
+        now = self._clock()
+        successor = successor_of(state)
+        following = state.following
+        if isinstance(state, Overlapping) and successor is None:
+            self._move(Event.LOST, Idle(following, start_at=None))  # it is being spawned
+            return
+        if successor is None:
+            self._move(Event.LOST, Idle(following, start_at=now))
+            return
+        self._move(Event.LOST, Idle(following, start_at=None))
+        self._measured = None
+        loading = Loading(successor, following, since=now, heard_at=now)
+        if isinstance(state, Overlapping):
+            loading = replace(loading, fraction=state.fraction, failed=state.failed)
+        self._move(Event.SPAWN, loading)
+        if isinstance(state, Draining) and state.successor is not None:
+            self._on_loaded(loading, state.successor.loaded)
+
+    def _hand_over(self, state: Draining, successor: Successor, carried: Carried) -> None:
+        now = self._clock()
+        state.worker.send(Shutdown())
+        self._leaving[state.worker] = now + LEAVE_SECONDS
+        attempt = replace(state.following, carried=carried)
+        self._measured = None
+        self._move(
+            Event.HAND_OVER, Handover(successor.worker, attempt, successor.loaded, since=now)
+        )
+        pair = attempt.plan.chosen.launch.pair
+        successor.worker.send(TakeIn(carried.paths, pair.k, pair.v))
 
     def _leave(self, state: Draining, carried: Carried) -> None:
         state.worker.send(Shutdown())
@@ -669,7 +859,7 @@ class Supervisor:
         if self._measured is not None:
             return self._measured.returning_bytes
         state = self._state
-        if isinstance(state, Serving | Draining):
+        if isinstance(state, Serving | Overlapping | Draining):
             return state.attempt.plan.chosen.memory.total_bytes
         return 0
 
@@ -680,15 +870,17 @@ class Supervisor:
         now = self._clock()
         if (attempt := attempt_of(state)) is not None and attempt.change is not None:
             self._finish(attempt.change, NotReady("the server is shutting down"))
+        if (successor := successor_of(state)) is not None:
+            successor.kill()
         if isinstance(state, Idle | Failing):
             self._move(Event.STOP, Stopped())
-        elif isinstance(state, Serving | Draining):
+        elif isinstance(state, Serving | Overlapping | Draining):
             self._requests.fail_waiting(NotReady("the server is shutting down"))
             shutdown_at = now + STOP_GRACE_SECONDS
             self._move(
                 Event.STOP, Stopping(state.worker, shutdown_at, kill_at=now + STOP_KILL_SECONDS)
             )
-        elif isinstance(state, Loading | Leaving):
+        elif isinstance(state, Loading | Handover | Leaving):
             state.worker.kill()
             self._move(Event.STOP, Stopping(state.worker, None, kill_at=now + STOP_KILL_SECONDS))
 

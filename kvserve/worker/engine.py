@@ -24,10 +24,12 @@ from kvserve.ipc.messages import (
     Pause,
     Started,
     Step,
+    TakeIn,
+    TakenIn,
     TokenLogprobs,
     ToWorker,
 )
-from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
+from kvserve.worker.carrying import Blanks, Incoming, export, incoming_of, log_refusals
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
@@ -122,7 +124,7 @@ class Engine:
         self._drawer = Drawer(n_threads, context.vocab.piece)
 
     def take_in(self, incoming: Incoming) -> CarryReport:
-        """Bring what an earlier worker left into the cache, before `run`."""
+        """Bring what an earlier worker left into the cache, before the first request."""
         arrived, report = incoming.import_into(self._context, self._cache.free_ids)
         # The first to come is the most important: it is to be given up last.
         for one in reversed(arrived):
@@ -171,6 +173,9 @@ class Engine:
             case Pause(export_bytes=limit_bytes):
                 sequences = self._scheduler.sequences if limit_bytes else ()
                 self._blanks = Blanks(self._context, sequences, limit_bytes)
+            case TakeIn():
+                incoming = incoming_of(message)
+                self._channel.send(TakenIn(self.take_in(incoming) if incoming else None))
             case Prepared() | Refused():
                 pass
             case _:
