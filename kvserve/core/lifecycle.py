@@ -1,6 +1,6 @@
 """The daemon's life as one table: which event leads from which phase to which.
 
-`supervisor/loop` is the only user that moves; the diagram in docs/architecture.md is drawn from
+`supervisor/situation` is the only user; the diagram in docs/architecture.md is drawn from
 this table by `diagram`. An unlisted pair raises.
 """
 
