@@ -26,7 +26,6 @@ from kvserve.ipc.messages import (
     TakenIn,
 )
 from kvserve.supervisor.admission import Job
-from kvserve.supervisor.carry import adopt
 from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.launching import fingerprint
 from kvserve.supervisor.recovery import (
@@ -227,8 +226,7 @@ class Supervisor(Reloads):
             case Failed(), _:
                 self._requests.refused(message)
             case Paused(), Draining() as state:
-                self._requests.worker_paused()
-                self._on_paused(state, adopt(worker.pid, message))
+                self._on_paused(state, message)
             case Paused(), Stopping() as state:
                 self._update(replace(state, shutdown_at=self._clock()))
             case _:

@@ -13,12 +13,13 @@ from kvserve.ipc.messages import (
     Loaded,
     LoadFailed,
     Pause,
+    Paused,
     Progress,
     Shutdown,
     TakeIn,
     Transcode,
 )
-from kvserve.supervisor.carry import Carried, export_limit
+from kvserve.supervisor.carry import Carried, adopt, export_limit
 from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.loading import Loads
 from kvserve.supervisor.news import WeightsLoaded
@@ -168,7 +169,7 @@ class Reloads(Loads):
 
     def _drain(self, state: Draining, now: float) -> None:
         if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
-            following = replace(state.following, paused_at=now)
+            following = state.following
             carry_bytes = self._policy.carry_limit(following.plan)
             if following.beside_bytes is not None:
                 carry_bytes = min(carry_bytes, following.beside_bytes)
@@ -180,13 +181,18 @@ class Reloads(Loads):
             state.worker.send(Pause(export_bytes=limit))
             n_bytes = min(limit, state.attempt.plan.chosen.memory.kv_bytes)
             patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
-            self._update(replace(state, following=following, kill_at=now + patience))
+            self._update(replace(state, kill_at=now + patience))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill("it did not pause for a reload")
         else:
             self._kill_if_hung(state.worker, now)
 
-    def _on_paused(self, state: Draining, carried: Carried) -> None:
+    def _on_paused(self, state: Draining, message: Paused) -> None:
+        if self._requests.running:  # they stand still since the export began
+            paused_at = self._clock() - message.export_seconds
+            state = replace(state, following=replace(state.following, paused_at=paused_at))
+        self._requests.worker_paused()
+        carried = adopt(state.worker.pid, message)
         if state.successor is None:
             self._leave(state, carried)
         else:

@@ -99,7 +99,7 @@ def test_the_next_worker_loads_while_the_present_one_answers() -> None:
         stage.now += 0.25
         file = os.memfd_create("state")
         old.pid = os.getpid()
-        old.say(Paused((ExportedState(file, 8, 5),)))
+        old.say(Paused((ExportedState(file, 8, 5),), export_seconds=0.125))
         await stage.settle()
         os.close(file)
         assert reload.phase is Phase.HANDOVER
@@ -107,7 +107,7 @@ def test_the_next_worker_loads_while_the_present_one_answers() -> None:
         (told,) = new.of_kind(TakeIn)
         assert (len(told.carried), told.type_k) == (1, "q8_0")
         assert new.of_kind(Generate) == []
-        stage.now += 0.25
+        stage.now += 0.375
         new.say(TakenIn(CarryReport(n_sequences=1, n_tokens=5)))
         await stage.settle()
         assert (await reload.answer).changed
