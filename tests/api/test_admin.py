@@ -110,6 +110,8 @@ def test_status():
             "to_n_ctx": 32768,
             "detail": None,
             "carry": None,
+            "overlapped": False,
+            "pause_seconds": None,
         }
     ]
 
