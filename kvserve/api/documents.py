@@ -86,6 +86,8 @@ def describe_phase(phase: Phase, load_fraction: float | None) -> str:
         Phase.IDLE: "no worker runs; one is about to start",
         Phase.LOADING: loading,
         Phase.SERVING: "requests are answered",
+        Phase.OVERLAPPING: "requests are answered while the next worker loads",
+        Phase.HANDOVER: "the next worker takes the conversations over",
         Phase.DRAINING: "running requests finish before a reload",
         Phase.LEAVING: "the old worker leaves before a reload",
         Phase.FAILED: "the worker cannot be started",

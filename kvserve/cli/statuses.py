@@ -78,6 +78,9 @@ def _reload_line(record: Document) -> str:
     if record["from_cache_type"]:
         before = f"{record['from_cache_type']} at {record['from_n_ctx']} -> "
     detail = f" ({record['detail']})" if record["detail"] else ""
+    if record["pause_seconds"] is not None:
+        detail += f", paused {record['pause_seconds']:.2f} s"
+        detail += " (both workers fitted)" if record["overlapped"] else ""
     carry = record["carry"]
     if carry and (carry["n_sequences"] or carry["refused"]):
         detail += f", {carry['n_sequences']} sequences of {carry['n_tokens']} tokens carried"

@@ -97,7 +97,9 @@ def whole_launch(
 ) -> Launch | None:
     """The launch of one context of `pair` with all layers on the device, or as many as were asked
     for; None where it does not fit. Raises UsageError."""
-    layers = shape.n_layer + 1 if request.n_gpu_layers is None else request.n_gpu_layers
+    layers = request.n_gpu_layers
+    if layers is None and _may_use_gpu(machine, request):
+        layers = shape.n_layer + 1
     kept = _reserve_bytes(machine, request, _first_bytes(shape, machine, request))
     asked = replace(_bare(request), n_ctx=n_ctx, pair=pair, n_gpu_layers=layers, reserve_bytes=kept)
     try:

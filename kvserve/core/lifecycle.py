@@ -1,6 +1,6 @@
 """The daemon's life as one table: which event leads from which phase to which.
 
-`supervisor/loop` is the only user that moves; the diagram in docs/architecture.md is drawn from
+`supervisor/situation` is the only user; the diagram in docs/architecture.md is drawn from
 this table by `diagram`. An unlisted pair raises.
 """
 
@@ -8,12 +8,15 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where the daemon stands. Requests are answered in SERVING and DRAINING, queue elsewhere."""
+    """Where the daemon stands. Requests are answered in SERVING, OVERLAPPING and DRAINING, and
+    queue elsewhere. In OVERLAPPING and HANDOVER two workers live."""
 
     IDLE = "idle"
     LOADING = "loading"
     SERVING = "serving"
+    OVERLAPPING = "overlapping"
     DRAINING = "draining"
+    HANDOVER = "handover"
     LEAVING = "leaving"
     FAILED = "failed"
     STOPPING = "stopping"
@@ -26,8 +29,10 @@ class Event(StrEnum):
     SPAWN = "spawn"
     LOADED = "loaded"
     LOST = "lost"
+    OVERLAP = "overlap"
     RELOAD = "reload"
     DRAINED = "drained"
+    HAND_OVER = "hand_over"
     GIVE_UP = "give_up"
     RETRY = "retry"
     STOP = "stop"
@@ -40,12 +45,20 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     (Phase.LOADING, Event.LOADED): Phase.SERVING,
     (Phase.LOADING, Event.LOST): Phase.IDLE,
     (Phase.LOADING, Event.STOP): Phase.STOPPING,
+    (Phase.SERVING, Event.OVERLAP): Phase.OVERLAPPING,
     (Phase.SERVING, Event.RELOAD): Phase.DRAINING,
     (Phase.SERVING, Event.LOST): Phase.IDLE,
     (Phase.SERVING, Event.STOP): Phase.STOPPING,
+    (Phase.OVERLAPPING, Event.RELOAD): Phase.DRAINING,
+    (Phase.OVERLAPPING, Event.LOST): Phase.IDLE,
+    (Phase.OVERLAPPING, Event.STOP): Phase.STOPPING,
+    (Phase.DRAINING, Event.HAND_OVER): Phase.HANDOVER,
     (Phase.DRAINING, Event.DRAINED): Phase.LEAVING,
     (Phase.DRAINING, Event.LOST): Phase.IDLE,
     (Phase.DRAINING, Event.STOP): Phase.STOPPING,
+    (Phase.HANDOVER, Event.LOADED): Phase.SERVING,
+    (Phase.HANDOVER, Event.LOST): Phase.IDLE,
+    (Phase.HANDOVER, Event.STOP): Phase.STOPPING,
     (Phase.LEAVING, Event.LOST): Phase.IDLE,
     (Phase.LEAVING, Event.STOP): Phase.STOPPING,
     (Phase.FAILED, Event.RETRY): Phase.IDLE,

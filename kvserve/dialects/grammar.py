@@ -27,6 +27,7 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 
 _ANY_TEXT = "ANY: /(.|\\n)+/"
 _TRIGGERS = {
+    HARMONY: "to=functions.",
     MISTRAL: "[TOOL_CALLS]",
     DEEPSEEK: "<｜tool▁calls▁begin｜>",
     FUNCTION_GEMMA: FUNCTION_GEMMA_MARKS[0],
@@ -54,9 +55,16 @@ class CallGrammars:
         return f"{self._grammar(f'{self._reasoning()} (calls | answer)')}\n{answer}"
 
     @property
-    def trigger(self) -> str | None:
-        """What a call of this dialect begins with; None where text may begin so too."""
-        return None if self.form.calls == HARMONY else _TRIGGERS.get(self.form.calls, "<tool_call>")
+    def trigger(self) -> str:
+        """What a call of this dialect begins with."""
+        return _TRIGGERS.get(self.form.calls, "<tool_call>")
+
+    @property
+    def no_calls_within(self) -> tuple[str, str]:
+        """The marks between which the trigger means nothing; empty where there are none."""
+        if self.form.calls == HARMONY:
+            return "<|message|>", "<|end|>"
+        return self.form.think, self.form.end_think
 
     def after_trigger(self) -> str:
         """The rest of an answer after the trigger: that call, and where `parallel` further ones."""
@@ -103,9 +111,18 @@ class CallGrammars:
         """`calls`, and `rest`, which is the same after its trigger."""
         mark = self.mark
         match self.form.calls:
-            case _ if self.form.calls in (HARMONY, LLAMA3):
-                # Their templates show one call for each answer.
+            case _ if self.form.calls == LLAMA3:
+                # Its templates show one call for each answer, and so do gpt-oss's.
                 yield from ("calls: call", "rest: call")
+            case _ if self.form.calls == HARMONY:
+                channel, constrain = mark("<|channel|>"), mark("<|constrain|>")
+                is_json = f'(" "? {constrain} | " ") "json"'
+                yield f"calls: {channel} {_text('commentary to=functions.')} call"
+                yield f"json: {is_json} {mark('<|message|>')}"
+                # The function may stand before the channel too.
+                late = " | ".join(f"call_{i}_late" for i in range(len(self.functions)))
+                yield f"rest: call | {late}"
+                yield f'late: {channel} "commentary" ({is_json})? {mark("<|message|>")}'
             case _ if self.form.calls == MISTRAL:
                 begin, more_listed = mark("[TOOL_CALLS]"), self._more('", " call')
                 if self.form.listed:
@@ -139,9 +156,8 @@ class CallGrammars:
         mark = self.mark
         match self.form.calls:
             case _ if self.form.calls == HARMONY:
-                to = _text(f"commentary to=functions.{name} ")
-                json_mark = f'{mark("<|constrain|>")} "json" {mark("<|message|>")}'
-                yield f"{rule}: {mark('<|channel|>')} {to} {json_mark} {_json(schema)}"
+                yield f"{rule}: {_text(name)} json {_json(schema)}"
+                yield f"{rule}_late: {_text(name)} late {_json(schema)}"
             case _ if self.form.calls == MISTRAL and not self.form.listed:
                 yield f"{rule}: {_text(name)} {mark('[ARGS]')} {_json(schema)}"
             case _ if self.form.calls == DEEPSEEK:

@@ -211,7 +211,16 @@ class Transcode(Message, frozen=True):
     type_v: str
 
 
-ToWorker = Load | Transcode | Generate | Cancel | Pause | Shutdown
+class TakeIn(Message, frozen=True):
+    """To a worker that has answered `Loaded` and had no request yet: read the sequences of the
+    files `carried` into the cache, rewritten for its KV types, and answer `TakenIn`."""
+
+    carried: tuple[str, ...]
+    type_k: str
+    type_v: str
+
+
+ToWorker = Load | Transcode | TakeIn | Generate | Cancel | Pause | Shutdown
 
 
 class Hello(Message, frozen=True):
@@ -262,6 +271,12 @@ class Loaded(Message, frozen=True):
     flash_attn: bool = True
     carried: CarryReport | None = None
     speculation: str = "off"
+
+
+class TakenIn(Message, frozen=True):
+    """The sequences of a `TakeIn` are in the cache, as far as they could be carried."""
+
+    carried: CarryReport | None = None
 
 
 class LoadFailed(Message, frozen=True):
@@ -391,5 +406,14 @@ class Paused(Message, frozen=True):
 
 
 FromWorker = (
-    Hello | Progress | Loaded | LoadFailed | Started | NeedsContext | Step | Failed | Paused
+    Hello
+    | Progress
+    | Loaded
+    | TakenIn
+    | LoadFailed
+    | Started
+    | NeedsContext
+    | Step
+    | Failed
+    | Paused
 )

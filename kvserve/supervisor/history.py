@@ -44,6 +44,7 @@ class History:
         outcome: str,
         detail: str | None = None,
         carry: CarryReport | None = None,
+        pause_seconds: float | None = None,
     ) -> None:
         """An attempt came to its end; a change of context is timed from the asking."""
         change = attempt.change
@@ -59,8 +60,10 @@ class History:
             from_n_ctx=before.n_ctx if before else None,
             to_cache_type=str(launch.pair),
             to_n_ctx=launch.n_ctx,
-            detail=detail or attempt.failure,
+            detail=detail or attempt.failure or attempt.in_order_because,
             carry=carry,
+            overlapped=attempt.beside_bytes is not None,
+            pause_seconds=pause_seconds,
         )
         self._observer.reloaded(record)
         self._news.tell(record)

@@ -59,6 +59,11 @@ class Planner(Protocol):
         """Poll the device until the plan's memory is free; False where it stays taken."""
         ...
 
+    async def room_beside(self, plan: Plan) -> int | None:
+        """Whether a plan's worker fits now, beside whatever runs: the host's bytes that it and the
+        reserve would leave, None where it does not fit."""
+        ...
+
     async def weigh(self, plan: Plan, loaded: Loaded, pid: int) -> Measured:
         """Read what the worker takes after a load, and learn from it."""
         ...

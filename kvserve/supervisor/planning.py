@@ -6,6 +6,7 @@ import structlog
 
 from kvserve.core.machine import Backend, Gpu, Machine
 from kvserve.core.plan import Plan, Task
+from kvserve.core.selector import default_reserve
 from kvserve.ipc.messages import Loaded
 from kvserve.supervisor.deciding import Decider
 from kvserve.supervisor.status import Measured
@@ -70,6 +71,33 @@ class MachinePlanner:
                 )
                 return False
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def room_beside(self, plan: Plan) -> int | None:
+        """Whether a plan's worker fits now beside the running one, weights and all, less the
+        reserve: on each GPU by its share of the layers, and on the host. Returns the host's bytes
+        left then, None where it does not fit.
+
+        Mapped weights are page cache, which counts as free and as taken once, whoever shares it.
+        """
+        machine = await asyncio.to_thread(self._machines.read)
+        self._free_before = {}  # a worker that leaves meanwhile would be taken for this one's use
+        on_gpu = plan.chosen.launch.backend is Backend.CUDA
+        reserve = plan.request.reserve_bytes
+
+        def unreserved(free_bytes: int) -> int:
+            return free_bytes - (default_reserve(free_bytes) if reserve is None else reserve)
+
+        host_bytes = unreserved(machine.host.free_bytes)
+        host_bytes -= (plan.chosen.host_memory if on_gpu else plan.chosen.memory).total_bytes
+        if host_bytes < 0 or (on_gpu and not machine.gpus):
+            return None
+        if on_gpu:
+            parts = plan.chosen.launch.tensor_split or (1.0,) * len(machine.gpus)
+            for gpu, part in zip(machine.gpus, parts, strict=False):
+                needed_bytes = plan.chosen.memory.total_bytes * part / sum(parts)
+                if unreserved(gpu.free_bytes) < needed_bytes:
+                    return None
+        return host_bytes
 
     async def weigh(self, plan: Plan, loaded: Loaded, pid: int) -> Measured:
         """Read what the worker takes. On a GPU the overhead is learnt for the next plan."""

@@ -76,9 +76,18 @@ def after_failure(
             n_out_of_memory=0,
             fallback=None,
             failure=failure.message,
+            beside_bytes=None,
         )
         return Again(back)
-    following = replace(attempt, reason="restart", change=None, failure=None)
+    following = replace(
+        attempt,
+        reason="restart",
+        change=None,
+        failure=None,
+        paused_at=None,
+        beside_bytes=None,
+        in_order_because=None,
+    )
     if not ever_ready or streak > MAX_STREAK:
         error = failure.error or WorkerFailed(failure.message, retry_after=RETRY_SECONDS)
         return GiveUp(replace(following, replan=True), error)

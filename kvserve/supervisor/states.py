@@ -61,7 +61,10 @@ class Attempt:
     `replan` decides anew just before the spawn, with a reserve raised for each of
     `n_out_of_memory`. `fallback` is the plan to return to where this try fails; `failure` is what
     made an earlier try of the same change fail. `extra_buffers` False loads without llama.cpp's
-    repacked CPU weights. `carried` are the sequences of the worker before.
+    repacked CPU weights. `carried` are the sequences of the worker before, which was paused at
+    `paused_at`. `beside_bytes` is the host memory left beside both workers where this one loads
+    while the other still serves, None where it comes after it; `in_order_because` is why an
+    overlapped start of the same change failed.
     """
 
     plan: Plan
@@ -73,6 +76,9 @@ class Attempt:
     change: Change | None = None
     failure: str | None = None
     carried: Carried = NOTHING
+    paused_at: float | None = None
+    beside_bytes: int | None = None
+    in_order_because: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +114,34 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
+class Overlapping:
+    """The worker answers while the next one, `successor`, loads beside it for `following`; None
+    while it is being spawned. `failed` is the successor's own account of why it cannot."""
+
+    worker: Worker
+    attempt: Attempt
+    loaded: Loaded
+    following: Attempt
+    successor: Worker | None
+    since: float
+    heard_at: float
+    fraction: float = 0.0
+    failed: LoadFailed | None = None
+    phase: Phase = Phase.OVERLAPPING
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """The next worker, loaded beside the one that still answers."""
+
+    worker: Worker
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
     """The worker finishes what runs, to make room for `following`. It is told to pause at
-    `pause_at`; from then on `kill_at` is set."""
+    `pause_at`; from then on `kill_at` is set. `successor` takes over where it is there already."""
 
     worker: Worker
     attempt: Attempt
@@ -118,7 +149,19 @@ class Draining:
     following: Attempt
     pause_at: float
     kill_at: float | None = None
+    successor: Successor | None = None
     phase: Phase = Phase.DRAINING
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """The next worker is loaded and takes in what the paused one exported, which leaves."""
+
+    worker: Worker
+    attempt: Attempt
+    loaded: Loaded
+    since: float
+    phase: Phase = Phase.HANDOVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +202,18 @@ class Stopped:
     phase: Phase = Phase.STOPPED
 
 
-State = Idle | Loading | Serving | Draining | Leaving | Failing | Stopping | Stopped
+State = (
+    Idle
+    | Loading
+    | Serving
+    | Overlapping
+    | Draining
+    | Handover
+    | Leaving
+    | Failing
+    | Stopping
+    | Stopped
+)
 
 
 def worker_of(state: State) -> Worker | None:
@@ -167,12 +221,27 @@ def worker_of(state: State) -> Worker | None:
     return None if isinstance(state, Idle | Failing | Stopped) else state.worker
 
 
+def successor_of(state: State) -> Worker | None:
+    """The worker that is to follow and lives already."""
+    match state:
+        case Overlapping(successor=worker):
+            return worker
+        case Draining(successor=Successor(worker)):
+            return worker
+        case _:
+            return None
+
+
 def attempt_of(state: State) -> Attempt | None:
     """The attempt that is under way or in force; in a change, the one to come."""
     match state:
-        case Draining(following=following) | Leaving(following=following):
+        case Overlapping(following=following) | Draining(following=following):
+            return following
+        case Leaving(following=following):
             return following
         case Idle(attempt=attempt) | Loading(attempt=attempt) | Serving(attempt=attempt):
+            return attempt
+        case Handover(attempt=attempt):
             return attempt
         case Failing(attempt=attempt):
             return attempt
@@ -182,7 +251,7 @@ def attempt_of(state: State) -> Attempt | None:
 
 def plan_of(state: State) -> Plan | None:
     """The plan in force, or the one being loaded."""
-    if isinstance(state, Draining):
+    if isinstance(state, Overlapping | Draining):
         return state.attempt.plan
     attempt = attempt_of(state)
     return None if attempt is None else attempt.plan
@@ -252,10 +321,12 @@ class ChangeAsked:
 
 @dataclass(frozen=True, slots=True)
 class ChangePlanned:
-    """The plan for a change is made, or cannot be."""
+    """The plan for a change is made, or cannot be. `beside_bytes` is the host memory that its
+    worker would leave beside the present one; None where the two do not fit together."""
 
     change: Change
     result: Plan | KvserveError
+    beside_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from kvserve.ipc.messages import CarryReport, MemoryReport
 class ReloadRecord:
     """One change of worker. Times are seconds since the epoch; `outcome` is done, rolled_back or
     failed; `from_cache_type` is None for the first load. `carry` tells how many sequences came
-    along, and why others did not."""
+    along, and why others did not. `overlapped` says that the new worker loaded while the old one
+    served; requests stood still for `pause_seconds`, None where none was paused."""
 
     reason: str
     started_at: float
@@ -23,6 +24,8 @@ class ReloadRecord:
     to_n_ctx: int
     detail: str | None = None
     carry: CarryReport | None = None
+    overlapped: bool = False
+    pause_seconds: float | None = None
 
     @property
     def n_tokens_carried(self) -> int:

@@ -17,8 +17,9 @@ _MOST_TRIGGER_CHARS = 64
 class CallConstraint:
     """Lets an answer go on freely until it begins a call, and holds it to the grammar from there.
 
-    That begins with `trigger`, which means nothing in the reasoning that `form` tells. `start`
-    makes the constraint of what comes after the trigger. A grammar that cannot be followed any
+    That begins with `trigger`, which means nothing between the two marks of `outside`; `thinking`
+    says that the answer begins there. `start` makes the constraint of what comes after the trigger.
+    A grammar that cannot be followed any
     further leaves the answer free again, unless `strict`.
     """
 
@@ -27,7 +28,8 @@ class CallConstraint:
         start: Starter,
         *,
         trigger: str,
-        form: Form,
+        outside: tuple[str, str],
+        thinking: bool,
         piece: Callable[[int], bytes],
         tokens_of: Callable[[str], Sequence[int]],
         strict: bool,
@@ -37,8 +39,8 @@ class CallConstraint:
         self._inner: Constraint | None = None
         self._over = False
         self._trigger = trigger
-        self._form = form
-        self._thinking = form.thinking
+        self._think, self._end_think = outside
+        self._thinking = thinking
         self._piece = piece
         self._tokens_of = tokens_of
         self._strict = strict
@@ -79,8 +81,8 @@ class CallConstraint:
         """Whether this token completes the trigger; `_tail` is then what it holds beyond that."""
         self._tail += self._utf8.push(self._piece(token))
         while True:
-            think, trigger = self._form.think, self._trigger
-            marks = (self._form.end_think,) if self._thinking else (think, trigger)
+            trigger = self._trigger
+            marks = (self._end_think,) if self._thinking else (self._think, trigger)
             found = [(self._tail.find(mark), mark) for mark in marks if mark and mark in self._tail]
             if not found:
                 self._tail = self._tail[-_MOST_TRIGGER_CHARS:]
@@ -155,9 +157,7 @@ class CallConstraints:
             schema = {"type": "object"} if grammar.kind == "json_object" else grammar.text
             value = json.loads(schema) if isinstance(schema, str) else schema
             return self._compile(calls.or_json(value), resume)
-        trigger = calls.trigger
-        if trigger is None:
-            return None
+        think, end_think = calls.no_calls_within
         try:
             start = self._grammars.starter(Grammar("lark", calls.after_trigger()), param="tools")
         except InvalidRequest:
@@ -166,8 +166,9 @@ class CallConstraints:
             return None
         return CallConstraint(
             start,
-            trigger=trigger,
-            form=form,
+            trigger=calls.trigger,
+            outside=(think, end_think),
+            thinking=form.thinking,
             piece=self._piece,
             tokens_of=self._tokens_of,
             strict=tools.strict,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvserve.core.dtypes import CachePair
+from kvserve.core.dtypes import CachePair, KvType
 from kvserve.ipc import messages
 from kvserve.worker.carry.layout import forecast
 from kvserve.worker.carry.memory_file import ExportedState, Tokens, blank_file
@@ -274,6 +274,14 @@ class Incoming:
             context.clear_slot(place)
         arrived.append(Arrived(slot, state.tokens[:n_cached], state.contents.salt))
         return True
+
+
+def incoming_of(message: messages.Load | messages.Transcode | messages.TakeIn) -> Incoming | None:
+    """Begin with the sequences that a message names, for the types it names; None without any."""
+    if not message.carried:
+        return None
+    pair = CachePair(KvType(message.type_k), KvType(message.type_v))
+    return Incoming(message.carried, pair, len(os.sched_getaffinity(0)))
 
 
 def log_refusals(report: messages.CarryReport) -> None:

@@ -21,11 +21,13 @@ from kvserve.ipc.messages import (
     Pause,
     Started,
     Step,
+    TakeIn,
+    TakenIn,
     TokenLogprobs,
     ToWorker,
 )
 from kvserve.worker.batches import Batch as Plan
-from kvserve.worker.carrying import Blanks, Incoming, export, log_refusals
+from kvserve.worker.carrying import Blanks, Incoming, export, incoming_of, log_refusals
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.drawing import Drawer, Drawn, Wish
@@ -102,7 +104,7 @@ class Engine:
         )
 
     def take_in(self, incoming: Incoming) -> CarryReport:
-        """Bring what an earlier worker left into the cache, before `run`."""
+        """Bring what an earlier worker left into the cache, before the first request."""
         arrived, report = incoming.import_into(self._context, self._cache.free_ids)
         # The first to come is the most important: it is to be given up last.
         for one in reversed(arrived):
@@ -151,6 +153,9 @@ class Engine:
             case Pause(export_bytes=limit_bytes):
                 sequences = self._scheduler.sequences if limit_bytes else ()
                 self._blanks = Blanks(self._context, sequences, limit_bytes)
+            case TakeIn():
+                incoming = incoming_of(message)
+                self._outbox.send(TakenIn(self.take_in(incoming) if incoming else None))
             case Prepared() | Refused():
                 pass
             case _:

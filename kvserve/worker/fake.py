@@ -41,6 +41,8 @@ from kvserve.ipc.messages import (
     Prompt,
     Started,
     Step,
+    TakeIn,
+    TakenIn,
     TextPrompt,
     ToWorker,
 )
@@ -57,11 +59,11 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What goes wrong, and when.
 
     Points of time are `hello` (before `Hello`), `load` (on `Load`), `loaded` (right after
-    `Loaded`), `first_step` and `step:N` (instead of the N-th `Step`, from 1). At its point the
-    worker dies of `signal`, or hangs (reads on, answers nothing), or writes bytes that are no
-    frame and then hangs. With `die_once_file` it dies only where that file is missing, and
-    creates it. `answer` are the texts that all answers consist of, in place of words, written in
-    the `form`.
+    `Loaded`), `take_in` (on `TakeIn`), `first_step` and `step:N` (instead of the N-th `Step`, from
+    1). At its point the worker dies of `signal`, or hangs (reads on, answers nothing), or writes
+    bytes that are no frame and then hangs. With `die_once_file` it dies only where that file is
+    missing, and creates it. `answer` are the texts that all answers consist of, in place of words,
+    written in the `form`.
     """
 
     step_ms: float = 1.0
@@ -161,7 +163,10 @@ class FakeWorker:
             if isinstance(message, Pause) and not self._script.ignore_pause:
                 self._channel.send(Paused(self._export(message.export_bytes)))
                 return True
-            if isinstance(message, Cancel):
+            if isinstance(message, TakeIn):
+                self._reach("take_in")
+                self._channel.send(TakenIn(_read_carried(message.carried)))
+            elif isinstance(message, Cancel):
                 self._streams.pop(message.id, None)
             elif isinstance(message, Generate) and not paused:
                 self._start(message)

@@ -138,7 +138,10 @@ class GrammarCompiler:
 
     def _parse(self, grammar: Grammar, param: str) -> LLMatcher:
         if len(grammar.text) > _MOST_CHARS:
-            raise InvalidRequest(f"the grammar is over {_MOST_CHARS} characters", param=param)
+            raise InvalidRequest(
+                f"this is over {_MOST_CHARS} characters: make it shorter, or offer fewer tools",
+                param=param,
+            )
         if self._tokenizer is None:
             self._tokenizer = self._build_tokenizer()
         limits = LLParserLimits(verbose_errors=False)

@@ -83,9 +83,8 @@ class Timing:
         self._read(context, n_prefill, depth)
         prefill = n_prefill / (time.perf_counter() - begun)
         start = depth + n_prefill
-        if depth and context.reuse_rules.cuts_anywhere:
-            context.cut_slot(0, depth)
-            start = depth
+        if not depth or context.reuse_rules.cuts_anywhere:
+            start = self._cut(context, depth)
         batch, steps = Batch(1), []
         for step in range(N_WARM_UP + n_decode):
             begun = time.perf_counter()

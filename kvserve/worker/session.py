@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from kvserve.core.dtypes import CachePair, KvType
+from kvserve.core.dtypes import KvType
 from kvserve.dialects.form import MARKERS
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress, Transcode
 from kvserve.worker import llama
-from kvserve.worker.carrying import Incoming
+from kvserve.worker.carrying import Incoming, incoming_of
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
@@ -128,25 +128,18 @@ def _draft_proposer(load: Load, context: llama.Context, log: LoadLog) -> DraftPr
     return DraftProposer(draft, context.vocab.n_tokens)
 
 
-def _incoming(message: Load | Transcode) -> Incoming | None:
-    if not message.carried:
-        return None
-    pair = CachePair(KvType(message.type_k), KvType(message.type_v))
-    return Incoming(message.carried, pair, len(os.sched_getaffinity(0)))
-
-
 def _wait_for_load(inbox: Inbox) -> tuple[Load, Incoming | None]:
     begun: Transcode | None = None
     incoming: Incoming | None = None
     while True:
         message = inbox.get()
         if isinstance(message, Transcode):
-            begun, incoming = message, _incoming(message)
+            begun, incoming = message, incoming_of(message)
         elif isinstance(message, Load):
             if begun != Transcode(message.carried, message.type_k, message.type_v):
                 if incoming is not None:
                     incoming.abandon()
-                incoming = _incoming(message)
+                incoming = incoming_of(message)
             return message, incoming
         else:
             print(f"unexpected before Load: {message!r}", file=sys.stderr, flush=True)

@@ -38,6 +38,7 @@ MEMORY = {
     "compute_bytes",
     "output_bytes",
     "runtime_bytes",
+    "draft_bytes",
     "total_bytes",
 }
 
@@ -110,6 +111,8 @@ def test_status():
             "to_n_ctx": 32768,
             "detail": None,
             "carry": None,
+            "overlapped": False,
+            "pause_seconds": None,
         }
     ]
 

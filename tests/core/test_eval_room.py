@@ -7,7 +7,7 @@ import pytest
 
 from kvserve.core.dtypes import parse_pair
 from kvserve.core.eval_room import Need, longest_context, place, whole_launch
-from kvserve.core.machine import Backend
+from kvserve.core.machine import Backend, Machine
 from kvserve.core.plan import Request, Task
 from kvserve.errors import DoesNotFit
 from kvserve.units import GIB
@@ -92,3 +92,12 @@ def test_pairs_that_fit_whole_are_told_from_those_that_do_not() -> None:
     asked = whole_launch(llama3_8b(), box, few, parse_pair("f16"), 32768)
     assert asked is not None
     assert asked.n_gpu_layers == 20
+
+
+@pytest.mark.parametrize("box", [machine(None, host_gib=24.0), machine(7.6)])
+def test_on_the_cpu_no_layers_are_asked_for(box: Machine) -> None:
+    asked = replace(ASKED, backend=Backend.CPU)
+    launch = whole_launch(llama3_8b(), box, asked, parse_pair("q8_0"), 8192)
+    assert launch is not None
+    assert (launch.backend, launch.n_gpu_layers) == (Backend.CPU, 0)
+    assert place(llama3_8b(), box, asked, TWO).backend is Backend.CPU

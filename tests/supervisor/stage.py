@@ -126,6 +126,7 @@ class FakePlanner:
     def __init__(self) -> None:
         self.vram_gib = VRAM_GIB
         self.room = True
+        self.beside: int | None = None
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
@@ -159,6 +160,9 @@ class FakePlanner:
     async def wait_for_room(self, plan: Plan) -> bool:
         return self.room
 
+    async def room_beside(self, plan: Plan) -> int | None:
+        return self.beside
+
     async def weigh(self, plan: Plan, loaded: Loaded, pid: int) -> Measured:
         return self.measured
 
@@ -176,6 +180,9 @@ class Stage:
         self.closed = False
         self.planner = FakePlanner()
         self.spawn_error: WorkerFailed | None = None
+        self.spawn_fails = False
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.supervisor = Supervisor(
             first or plan_for(16384),
             replace(Policy("/m.gguf", "identity", n_threads=2), **policy),
@@ -190,6 +197,10 @@ class Stage:
     async def spawn(self, launch: Launch) -> FakeWorker:
         if self.spawn_error is not None:
             raise self.spawn_error
+        await self.gate.wait()
+        if self.spawn_fails:
+            self.spawn_fails = False
+            raise WorkerFailed("no more processes")
         worker = FakeWorker(launch, pid=100 + len(self.workers))
         self.workers.append(worker)
         return worker

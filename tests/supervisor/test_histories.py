@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvserve.core.lifecycle import Phase
 from kvserve.errors import KvserveError
-from kvserve.ipc.messages import LoadFailed, Paused
+from kvserve.ipc.messages import LoadFailed, Paused, TakenIn
 from tests.supervisor.stage import Caller, Generate, Stage, play
 
 MOVES = (
@@ -23,6 +23,10 @@ MOVES = (
     "trap",
     "grow",
     "shrink",
+    "room",
+    "no room",
+    "taken in",
+    "old dies",
     "a second",
     "a minute",
     "an hour",
@@ -41,6 +45,10 @@ async def _move(stage: Stage, move: str, callers: list[Caller], changes: list[ob
             changes.append(asyncio.create_task(stage.supervisor.change_context(n_ctx)))
         case "a second" | "a minute" | "an hour":
             await stage.pass_time({"a second": 1, "a minute": 60, "an hour": 3600}[move])
+        case "room" | "no room":
+            stage.planner.beside = 2**30 if move == "room" else None
+        case "old dies" if len(stage.workers) > 1:
+            stage.workers[-2].die(-9)
         case _ if worker is None or worker.gone:
             pass
         case "load":
@@ -53,6 +61,8 @@ async def _move(stage: Stage, move: str, callers: list[Caller], changes: list[ob
                 worker.answer(given_to_it[-1], 1, done=move == "finish")
         case "paused":
             worker.say(Paused())
+        case "taken in":
+            worker.say(TakenIn())
         case "die":
             worker.die(-9)
         case "trap":

@@ -11,6 +11,7 @@ from kvserve.core.loss import NOTHING_MEASURED
 from kvserve.core.machine import Build, Gpu, Host
 from kvserve.core.memory import DEFAULT_OVERHEADS, prior_overheads
 from kvserve.core.plan import Plan, Request, Task
+from kvserve.core.selector import MIN_RESERVE_BYTES, default_reserve
 from kvserve.core.shape import ModelShape
 from kvserve.ipc.messages import Loaded, MemoryReport
 from kvserve.supervisor.calibration import GROWTH_BYTES, Calibration
@@ -77,6 +78,32 @@ def test_what_a_leaving_worker_returns_counts_as_free(tmp_path: Path) -> None:
     planner = box.planner(tmp_path)
     plan = asyncio.run(planner.plan(16384, returning_bytes=int(7.2 * GIB)))
     assert pair_of(plan) == "f16:f16"
+
+
+def test_a_plan_fits_beside_a_worker_only_whole_and_less_the_reserve(tmp_path: Path) -> None:
+    box = Box()
+    planner = box.planner(tmp_path)
+    plan = asyncio.run(planner.plan(8192))
+    needed_bytes = plan.chosen.memory.total_bytes
+    host_bytes = box.box.host.free_bytes
+    host_bytes -= default_reserve(host_bytes) + plan.chosen.host_memory.total_bytes
+    box.set_free(needed_bytes + MIN_RESERVE_BYTES)
+    assert asyncio.run(planner.room_beside(plan)) == host_bytes
+    box.set_free(needed_bytes + MIN_RESERVE_BYTES - 1)
+    assert asyncio.run(planner.room_beside(plan)) is None
+    box.box = replace(box.box, gpus=())
+    assert asyncio.run(planner.room_beside(plan)) is None
+
+
+def test_on_the_cpu_weights_count_once_and_what_is_left_is_told(tmp_path: Path) -> None:
+    box = Box(vram_gib=None)
+    planner = box.planner(tmp_path)
+    plan = asyncio.run(planner.plan(8192))
+    needed_bytes = plan.chosen.memory.total_bytes
+    for spare_bytes, beside_bytes in ((0, 0), (7, 7), (-1, None)):
+        free_bytes = needed_bytes + MIN_RESERVE_BYTES + spare_bytes
+        box.box = replace(box.box, host=replace(box.box.host, free_bytes=free_bytes))
+        assert asyncio.run(planner.room_beside(plan)) == beside_bytes
 
 
 def test_each_out_of_memory_raises_the_reserve(tmp_path: Path) -> None:

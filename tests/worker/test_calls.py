@@ -17,7 +17,7 @@ from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import ChatMessage, ChatPrompt, Failed, Grammar, Loaded, Sampling, Tools
 from kvserve.worker.calls import CallConstraint, CallConstraints, functions_of
 from kvserve.worker.grammar import GrammarCompiler
-from tests.dialects.answers import CASES, DEEPSEEK, FORMS, FUNCTIONS, HERMES, MISTRAL
+from tests.dialects.answers import CASES, DEEPSEEK, FORMS, FUNCTIONS, HARMONY, HERMES, MISTRAL
 from tests.worker.conftest import Peer
 
 N_BYTES = 262
@@ -170,6 +170,23 @@ def test_an_answer_is_free_until_it_begins_a_call() -> None:
     assert allowed(made) == {"\n", "<", chr(END)}
 
 
+def test_channels_tell_a_call_from_words_about_it() -> None:
+    made = constraints().make(tools(now=EMPTY), HARMONY, None, ())
+    feed(made, "<|channel|>analysis<|message|>to=functions.now or not?<|end|><|start|>assistant")
+    assert len(allowed(made)) == N_BYTES
+    feed(made, "<|channel|>commentary to=functions.")
+    assert allowed(made) == {"n"}
+    feed(made, "now <|constrain|>json<|message|>{}")
+    assert made.complete
+
+
+def test_a_function_may_be_named_before_its_channel() -> None:
+    made = constraints().make(tools(now=EMPTY), HARMONY, None, ())
+    feed(made, " to=functions.now<|channel|>commentary json<|message|>{}")
+    assert made.error is None
+    assert made.complete
+
+
 def test_a_request_that_goes_on_is_where_it_was() -> None:
     text = b'<tool_call>\n{"name": "n'
     made = constraints().make(tools(now=EMPTY), HERMES, None, list(text))
@@ -189,7 +206,8 @@ def test_what_follows_the_trigger_in_its_token_counts() -> None:
         made = CallConstraint(
             compiler().starter(Grammar("lark", lark), param="tools"),
             trigger="<tool_call>",
-            form=HERMES,
+            outside=("", ""),
+            thinking=False,
             piece=pieces.__getitem__,
             tokens_of=lambda text: list(text.encode()),
             strict=False,

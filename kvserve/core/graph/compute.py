@@ -9,8 +9,8 @@ from kvserve.core.cells import cache_cells, first_gpu_layer, uses_gpu
 from kvserve.core.graph.arena import CPU_ALIGNMENT, CUDA_ALIGNMENT, Graph, Tensor
 from kvserve.core.graph.attention import add_attention, rotation_sizes
 from kvserve.core.graph.feed_forward import add_feed_forward
-from kvserve.core.graph.frame import F16, F32, Frame, frame_of
-from kvserve.core.graph.recurrent import add_recurrent
+from kvserve.core.graph.frame import F16, F32, Frame, frame_of, state_of
+from kvserve.core.graph.recurrent import add_delta_rule, add_scan, scans
 from kvserve.core.plan import Launch
 from kvserve.core.shape import AttentionCache, LayerShape, ModelShape
 
@@ -58,9 +58,13 @@ def _compute_bytes(shape: ModelShape, launch: Launch, part: "_Part") -> int:
     inputs = _Inputs(frame, part)
     # On the host the place for ready embeddings stays empty, and rows are fetched beside it.
     residual = embeddings if frame.on_gpu else graph.add(residual_bytes)
-    for scene in scenes:
+    fetched: Tensor | None = None
+    layers = [shape.layers[scene.layer] for scene in scenes]
+    for scene, layer, after in zip(scenes, layers, [*layers[1:], None], strict=False):
         here = replace(frame, on_host=scene.on_host, experts_away=scene.experts_away)
-        residual = _add_layer(here, shape.layers[scene.layer], residual, inputs)
+        if scans(frame, layer) and fetched is None:
+            fetched = frame.state(state_of(layer).r_elements)
+        residual, fetched = _add_layer(here, layer, residual, inputs, fetched, after)
     n_outputs = min(frame.n_tokens, launch.n_outputs)
     if part.output:
         last = graph.add(n_outputs * shape.n_embd * F32, residual)
@@ -153,24 +157,38 @@ def pinned_bytes(shape: ModelShape, launch: Launch) -> int:
     return rows + n_copies(shape, launch) * inputs
 
 
-def _add_layer(frame: Frame, layer: LayerShape, residual: Tensor, inputs: _Inputs) -> Tensor:
-    """Norm, mixer and sum, then norm, feed-forward network and sum, as far as there are any."""
+def _add_layer(
+    frame: Frame,
+    layer: LayerShape,
+    residual: Tensor,
+    inputs: _Inputs,
+    fetched: Tensor | None,
+    after: LayerShape | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Norm, mixer and sum, then norm, feed-forward network and sum, as far as there are any.
+
+    `fetched` is the state that a scan goes on from; the second result is that of the layer `after`
+    this one, where it was fetched here."""
     graph = frame.graph
+    ahead: Tensor | None = None
     if layer.attention is not None or layer.recurrent is not None:
         x = frame.norm(residual)
         addends = [residual]
         if layer.attention is not None:
             addends.insert(0, add_attention(frame, x, layer, inputs))
-        if layer.recurrent is not None:
+        if fetched is not None:
+            next_scan = after if scans(frame, after) else None
+            scanned, ahead = add_scan(frame, x, layer, fetched, next_scan)
+            addends.insert(0, scanned)
+        elif layer.recurrent is not None:
             # The delta rule's result is seen through a view: the sum takes the residual's place.
-            at = 0 if frame.widths(layer).ssm_in else len(addends)
-            addends.insert(at, add_recurrent(frame, x, layer))
+            addends.append(add_delta_rule(frame, x, layer))
         residual = graph.add(residual.n_bytes, *addends, in_place=True)
     widths = frame.widths(layer)
     if widths.ff or widths.expert_ff:
         out = add_feed_forward(frame, frame.norm(residual), layer)
         residual = graph.add(residual.n_bytes, out, residual, in_place=True)
-    return residual
+    return residual, ahead
 
 
 def _mask_bytes(frame: Frame, kinds: dict[int | None, AttentionCache]) -> dict[int | None, int]:

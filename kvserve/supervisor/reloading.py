@@ -1,0 +1,220 @@
+"""One worker follows another: beside it where both fit in memory, else after it."""
+
+from dataclasses import replace
+
+import structlog
+
+from kvserve.core.lifecycle import Event
+from kvserve.core.plan import Plan
+from kvserve.errors import KvserveError, NotReady
+from kvserve.ipc.messages import (
+    FromWorker,
+    Hello,
+    Loaded,
+    LoadFailed,
+    Pause,
+    Paused,
+    Progress,
+    Shutdown,
+    TakeIn,
+    Transcode,
+)
+from kvserve.supervisor.carry import Carried, adopt, export_limit
+from kvserve.supervisor.exits import Exit
+from kvserve.supervisor.loading import Loads
+from kvserve.supervisor.news import WeightsLoaded
+from kvserve.supervisor.states import (
+    Attempt,
+    Change,
+    Draining,
+    Failing,
+    Handover,
+    Idle,
+    Leaving,
+    Loading,
+    Overlapping,
+    Serving,
+    Successor,
+    Worker,
+    successor_of,
+)
+
+log = structlog.get_logger(__name__)
+
+LEAVE_SECONDS = 10.0
+SLOWEST_EXPORT = 2**29
+"""Bytes a second that a worker which exports its sequences makes at least."""
+
+
+class Reloads(Loads):
+    """From a planned change to the next worker, whichever of the two may die."""
+
+    def _on_change_planned(
+        self, change: Change, result: Plan | KvserveError, beside_bytes: int | None
+    ) -> None:
+        self._planning = False
+        state = self._state
+        if isinstance(result, KvserveError):
+            self._finish(change, result)
+        elif isinstance(state, Serving):
+            attempt = state.attempt
+            if result.chosen.launch == attempt.plan.chosen.launch:
+                self._update(replace(state, attempt=replace(attempt, plan=result)))
+                self._finish(change, result)
+                return
+            following = Attempt(
+                plan=result,
+                reason=change.reason,
+                extra_buffers=attempt.extra_buffers,
+                fallback=attempt.plan,
+                change=change,
+                beside_bytes=beside_bytes,
+            )
+            if beside_bytes is None:
+                self._reload_in_order(
+                    Overlapping(state.worker, attempt, state.loaded, following, None, 0, 0)
+                )
+            else:
+                self._overlap(state, following)
+        elif isinstance(state, Failing):
+            attempt = replace(state.attempt, plan=result, replan=False, change=change)
+            self._move(Event.RETRY, Idle(attempt, start_at=self._clock()))
+        else:
+            self._finish(change, NotReady("the worker was lost meanwhile; try again"))
+
+    def _overlap(self, state: Serving, following: Attempt) -> None:
+        """Both workers fit: the next one loads while the present one answers."""
+        now = self._clock()
+        self._history.spawning()
+        self._move(
+            Event.OVERLAP,
+            Overlapping(
+                state.worker, state.attempt, state.loaded, following, None, since=now, heard_at=now
+            ),
+        )
+        self._beside(self._start(following.plan))
+
+    def _reload_in_order(self, state: Overlapping, why: str | None = None) -> None:
+        """The present worker leaves first; `why` an overlapped start failed, where it was tried."""
+        following = replace(state.following, beside_bytes=None, in_order_because=why)
+        if why is not None:
+            log.warning("the next worker has to wait for the present one's memory", reason=why)
+        pause_at = self._clock() + self._policy.drain_timeout
+        self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+        self._move(
+            Event.RELOAD,
+            Draining(state.worker, state.attempt, state.loaded, following, pause_at=pause_at),
+        )
+
+    def _on_successor_heard(self, worker: Worker, message: FromWorker) -> None:
+        now = self._clock()
+        match message, self._state:
+            case Hello(), Overlapping() as state:
+                self._update(replace(state, heard_at=now))
+            case Progress(), Overlapping() as state:
+                self._update(replace(state, fraction=message.fraction, heard_at=now))
+                self._news.tell(WeightsLoaded(message.fraction))
+            case LoadFailed(), Overlapping() as state:
+                self._update(replace(state, failed=message))
+                worker.kill()
+            case Loaded(), Overlapping() as state:
+                self._move(
+                    Event.RELOAD,
+                    Draining(
+                        state.worker,
+                        state.attempt,
+                        state.loaded,
+                        state.following,
+                        pause_at=now + self._policy.drain_timeout,
+                        successor=Successor(worker, message),
+                    ),
+                )
+            case _:
+                log.debug("frame out of place", frame=type(message).__name__)
+
+    def _on_successor_lost(self, exit_: Exit) -> None:
+        """The present worker still answers: the same reload goes on in the ordinary order."""
+        self._observer.worker_died(f"overlapping: {exit_.cause}")
+        match self._state:
+            case Overlapping(failed=failed) as state:
+                why = f"died while loading beside it: {exit_.cause}"
+                self._reload_in_order(state, failed.message if failed else why)
+            case Draining() as state:
+                why = f"died before it took over: {exit_.cause}"
+                following = replace(state.following, beside_bytes=None, in_order_because=why)
+                self._update(replace(state, following=following, successor=None))
+                self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+            case _:
+                pass
+
+    def _on_predecessor_lost(self, state: Overlapping | Draining) -> None:
+        """A worker that was to be replaced died: the next one goes on alone, or is spawned."""
+        now = self._clock()
+        successor = successor_of(state)
+        following = state.following
+        if isinstance(state, Overlapping) and successor is None:
+            self._move(Event.LOST, Idle(following, start_at=None))  # it is being spawned
+            return
+        if successor is None:
+            self._move(Event.LOST, Idle(following, start_at=now))
+            return
+        self._move(Event.LOST, Idle(following, start_at=None))
+        self._measured = None
+        loading = Loading(successor, following, since=now, heard_at=now)
+        if isinstance(state, Overlapping):
+            loading = replace(loading, fraction=state.fraction, failed=state.failed)
+        self._move(Event.SPAWN, loading)
+        if isinstance(state, Draining) and state.successor is not None:
+            self._on_loaded(loading, state.successor.loaded)
+
+    def _drain(self, state: Draining, now: float) -> None:
+        if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
+            following = state.following
+            carry_bytes = self._policy.carry_limit(following.plan)
+            if following.beside_bytes is not None:
+                carry_bytes = min(carry_bytes, following.beside_bytes)
+            limit = export_limit(
+                carry_bytes,
+                state.attempt.plan.chosen.launch.pair,
+                state.following.plan.chosen.launch.pair,
+            )
+            state.worker.send(Pause(export_bytes=limit))
+            n_bytes = min(limit, state.attempt.plan.chosen.memory.kv_bytes)
+            patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
+            self._update(replace(state, kill_at=now + patience))
+        elif state.kill_at is not None and now >= state.kill_at:
+            state.worker.kill("it did not pause for a reload")
+        else:
+            self._kill_if_hung(state.worker, now)
+
+    def _on_paused(self, state: Draining, message: Paused) -> None:
+        if self._requests.running:  # they stand still since the export began
+            paused_at = self._clock() - message.export_seconds
+            state = replace(state, following=replace(state.following, paused_at=paused_at))
+        self._requests.worker_paused()
+        carried = adopt(state.worker.pid, message)
+        if state.successor is None:
+            self._leave(state, carried)
+        else:
+            self._hand_over(state, state.successor, carried)
+
+    def _hand_over(self, state: Draining, successor: Successor, carried: Carried) -> None:
+        now = self._clock()
+        state.worker.send(Shutdown())
+        self._leaving[state.worker] = now + LEAVE_SECONDS
+        attempt = replace(state.following, carried=carried)
+        self._measured = None
+        self._move(
+            Event.HAND_OVER, Handover(successor.worker, attempt, successor.loaded, since=now)
+        )
+        pair = attempt.plan.chosen.launch.pair
+        successor.worker.send(TakeIn(carried.paths, pair.k, pair.v))
+
+    def _leave(self, state: Draining, carried: Carried) -> None:
+        state.worker.send(Shutdown())
+        kill_at = self._clock() + LEAVE_SECONDS
+        following = replace(state.following, carried=carried)
+        if carried.paths:
+            pair = following.plan.chosen.launch.pair
+            self._spawner.tell_ahead(Transcode(carried.paths, pair.k, pair.v))
+        self._move(Event.DRAINED, Leaving(state.worker, following, kill_at=kill_at))
