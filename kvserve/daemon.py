@@ -17,11 +17,18 @@ import uvicorn
 from kvserve import __version__
 from kvserve.api.app import create_app
 from kvserve.api.config import ApiConfig
+from kvserve.api.malformed import JsonErrorProtocol
 from kvserve.core.lifecycle import Phase
 from kvserve.device.host import process_started_at
 from kvserve.errors import UsageError
 from kvserve.heartbeat import beating
-from kvserve.instance import Instance, InstancePaths, remove_instance, write_instance
+from kvserve.instance import (
+    Instance,
+    InstancePaths,
+    keep_few_passing,
+    remove_instance,
+    write_instance,
+)
 from kvserve.metrics import Metrics
 from kvserve.notify import Notifier
 from kvserve.supervisor.launching import Policy
@@ -66,6 +73,7 @@ def listen(prepared: Prepared) -> Listening:
     )
     paths = InstancePaths(settings.state_dir, port)
     write_instance(paths, instance)
+    keep_few_passing(paths, passing=settings.port == 0)
     return Listening(sock, paths, instance)
 
 
@@ -94,8 +102,9 @@ async def serve(
         cache_bytes=settings.cache_bytes,
         growth=settings.growth(prepared.model.shape.n_ctx_train),
         serves_below_floor=settings.below_floor == "serve",
-        speculate="off" if settings.speculate == "off" else "ngram",
+        speculate=settings.speculation,
         n_draft_each=settings.draft_max,
+        draft_path=None if prepared.draft is None else str(prepared.draft.path),
     )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)
@@ -169,11 +178,13 @@ def _uvicorn_config(
             admin_keys=settings.admin_keys,
             admin_token=listening.instance.admin_token,
             local_only=not settings.exposed,
+            reasoning_format=settings.reasoning_format,
         ),
         metrics,
     )
     return uvicorn.Config(
         app,
+        http=JsonErrorProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -232,6 +243,14 @@ async def _reporting(
             await task
 
 
+def check_host(host: str) -> None:
+    """Raise UsageError where `host` is no address of this machine."""
+    try:
+        _listening_socket(host, 0).close()
+    except OSError as error:
+        raise _bad_host(host, error) from error
+
+
 def _bind(host: str, port: int) -> socket.socket:
     try:
         return _listening_socket(host, port)
@@ -249,11 +268,15 @@ def _bind(host: str, port: int) -> socket.socket:
                 f"port {port} may not be used without privileges: use --port 8000 or above",
                 param="port",
             ) from error
-        raise UsageError(
-            f"--host {host} cannot be listened on ({error.strerror or error}): use 127.0.0.1 for "
-            "this machine alone or 0.0.0.0 for every network",
-            param="host",
-        ) from error
+        raise _bad_host(host, error) from error
+
+
+def _bad_host(host: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"--host {host} cannot be listened on ({error.strerror or error}): use 127.0.0.1 for "
+        "this machine alone or 0.0.0.0 for every network",
+        param="host",
+    )
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

@@ -53,6 +53,17 @@ class InstancePaths:
         return self.state_dir / f"{self.port}-worker.log"
 
     @property
+    def passing(self) -> Path:
+        """An empty file beside the logs of a daemon that took any free port."""
+        return self.state_dir / f"{self.port}.passing"
+
+    @property
+    def logs(self) -> list[Path]:
+        """All log files of this port that there are, old ones too."""
+        names = (self.log.name, self.worker_log.name, self.output.name)
+        return [path for name in names for path in self.state_dir.glob(f"{name}*")]
+
+    @property
     def output(self) -> Path:
         """Standard output and error of a detached daemon."""
         return self.state_dir / f"{self.port}-output.log"
@@ -91,6 +102,24 @@ def remove_instance(paths: InstancePaths, pid: int) -> None:
     found = _read(paths.record)
     if found is not None and found.pid == pid:
         paths.record.unlink(missing_ok=True)
+
+
+def keep_few_passing(paths: InstancePaths, *, passing: bool, keep: int = 3) -> None:
+    """Note whether the daemon of `paths` took any free port. Those that did leave their logs under
+    another number each time: of those that run no more, the logs of the latest `keep` stay."""
+    with contextlib.suppress(OSError):
+        if not passing:
+            paths.passing.unlink(missing_ok=True)
+            return
+        running = {instance.port for instance in running_instances(paths.state_dir)} | {paths.port}
+        found = [path for path in paths.state_dir.glob("*.passing") if path.stem.isdecimal()]
+        gone = [path for path in found if int(path.stem) not in running]
+        gone.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for marker in gone[keep:]:
+            for log in InstancePaths(paths.state_dir, int(marker.stem)).logs:
+                log.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
+        paths.passing.touch(mode=0o600)
 
 
 def find_instance(state_dir: Path, port: int | None) -> Instance:

@@ -52,10 +52,10 @@ def configure_logs(
     """Send all logging of this process to `stream` (stderr) and, as JSON lines, to `file`.
 
     `level` is debug, info, warning or error. `auto` is the console form where the stream is a
-    terminal, else JSON. A file that reaches `file_bytes` is put aside, and
-    three old ones are kept. `secrets` are texts that never appear, whatever field
-    or message they come in. Called again, it replaces what it set before. Start uvicorn with
-    `log_config=None`. Raises UsageError where the file cannot be written.
+    terminal, else JSON. A file that reaches `file_bytes` is put aside, and three old ones are kept.
+    An event with `file_only=True` is not sent to the stream. `secrets` are texts that never appear,
+    whatever field or message they come in. Called again, it replaces what it set before. Start
+    uvicorn with `log_config=None`. Raises UsageError where the file cannot be written.
     """
     stream = sys.stderr if stream is None else stream
     secrets = tuple(secrets)
@@ -64,6 +64,7 @@ def configure_logs(
     to_stream.setFormatter(
         _Redacting(_console(stream.isatty()) if console else _json_lines(), secrets)
     )
+    to_stream.addFilter(_ForStream())
     handlers: list[logging.Handler] = [to_stream]
     if file is not None:
         to_file = _open_file(file, file_bytes)
@@ -107,6 +108,18 @@ def close_logs() -> None:
         root.removeHandler(handler)
         handler.close()
     structlog.reset_defaults()
+
+
+class _ForStream(logging.Filter):
+    """Lets through what is not marked `file_only`: what a terminal is told in another way."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (isinstance(record.msg, dict) and record.msg.get("file_only"))
+
+
+def _drop_mark(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.pop("file_only", None)
+    return event
 
 
 class _Pass(logging.Filter):
@@ -162,7 +175,11 @@ _SHARED: list[Processor] = [
 def _formatter(*renderers: Processor) -> logging.Formatter:
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=_SHARED,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _drop_mark,
+            *renderers,
+        ],
     )
 
 

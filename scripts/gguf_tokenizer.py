@@ -8,7 +8,15 @@ Mistral) is understood; other files are refused.
 import sys
 
 from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 CONTROL, USER_DEFINED = 3, 4
@@ -59,6 +67,12 @@ def main(source: str, folder: str) -> None:
             tokenizer.add_special_tokens(
                 [AddedToken(token, special=kind == CONTROL, normalized=False)]
             )
+    bos = value.get("tokenizer.ggml.bos_token_id")
+    if bos is not None and value.get("tokenizer.ggml.add_bos_token", True):
+        # Without it a model that was trained with it answers nonsense.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     named = {
         f"{name}_token": tokens[value[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))

@@ -43,6 +43,24 @@ def test_install_and_uninstall(tmp_path, config, told, capsys, user):
         uninstall(user=user, units=units, tell=told.append)
 
 
+def test_show_writes_nothing_and_says_where_it_would_go(tmp_path, config, capsys):
+    units = tmp_path / "units"
+    install(config, user=False, show=True, units=units)
+    shown = capsys.readouterr()
+    assert shown.out == unit_text(
+        [sys.executable, "-m", "kvserve", "start", "--config", str(config)], user=False
+    )
+    assert shown.err == f"note     not written: without --show it goes to {units / NAME}\n"
+    assert not units.exists()
+
+
+def test_a_place_that_cannot_be_written_to_hints_at_what_can(tmp_path, config):
+    units = tmp_path / "units"
+    units.touch()
+    with pytest.raises(UsageError, match="--user for a service of your own, or --show"):
+        install(config, user=False, show=False, units=units)
+
+
 def test_files_that_the_services_user_cannot_reach(tmp_path):
     root = tmp_path.resolve()
     root.chmod(0o755)
@@ -104,7 +122,7 @@ def test_what_the_daemon_relies_on():
     service = read(unit_text(["kvserve", "start"], user=False))
     assert service["Type"] == "notify"
     assert service["KillMode"] == "mixed"
-    assert service["RestartPreventExitStatus"] == "2 3"
+    assert service["RestartPreventExitStatus"] == "2 3 4"
     assert service["StateDirectory"] == "kvserve"
     # psutil reads /proc/meminfo, and CUDA compiles kernels at run time.
     assert "ProcSubset" not in service

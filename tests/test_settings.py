@@ -153,6 +153,11 @@ def test_values_are_read(load, field, value, read):
         ("max_ctx", 4096, "--max-ctx: 4096 is below the context of 8192"),
         ("parallel", 500, "--parallel: 500 is out of range: write a whole number, from 1 to 256"),
         ("parallel", "x", "--parallel: 'x' is not a whole number"),
+        (
+            "threads",
+            "none",
+            "--threads: 'none' is not a whole number: write one, from 1 to 1024, or",
+        ),
         ("parallel", 1.5, "--parallel: 1.5 is not a whole number"),
         ("cache_type", "q3_0", "--cache-type: 'q3_0' is not a cache type: write one of f32, f16"),
         ("cache_type", "q8_0:", "--cache-type: 'q8_0:' is not a cache type"),
@@ -322,7 +327,7 @@ def machine(n_gpus: int = 1) -> Machine:
 
 
 def test_the_request_of_the_defaults(load):
-    assert load().to_request(machine()) == Request(n_ctx=8192)
+    assert load().to_request(machine()) == Request(n_ctx=8192, n_draft=16)
 
 
 def test_the_request_of_everything(load):
@@ -337,6 +342,7 @@ def test_the_request_of_everything(load):
         "batch": 256,
         "ubatch": 300,
         "reserve": "1GiB",
+        "draft_max": 5,
     }
     assert load(flags).to_request(machine()) == Request(
         n_ctx=None,
@@ -349,7 +355,18 @@ def test_the_request_of_everything(load):
         n_batch=256,
         n_ubatch=256,
         reserve_bytes=GIB,
+        n_draft=10,
     )
+
+
+def test_logits_of_drafted_tokens_have_a_bound(load):
+    def n_draft(**given):
+        return load(given).to_request(machine()).n_draft
+
+    assert n_draft(speculate="off") == 0
+    assert n_draft(parallel=1) == 8
+    assert n_draft(parallel=200) == 16
+    assert n_draft(parallel=200, draft_max=40) == 40
 
 
 @pytest.mark.parametrize(

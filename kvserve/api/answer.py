@@ -16,14 +16,26 @@ from contextlib import AsyncExitStack, aclosing
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from kvserve.api.choices import Choice
 from kvserve.api.errors import error_body, internal_error
 from kvserve.api.hangup import while_connected
 from kvserve.api.likelihoods import Entry, Json, Transcript
 from kvserve.api.request_id import request_id_of
 from kvserve.api.sse import EventStream
-from kvserve.api.wire import Choice, ChunkWriter, Format, encode, usage_of
+from kvserve.api.wire import ChunkWriter, Format, encode, usage_of
+from kvserve.dialects.form import Form
+from kvserve.dialects.parts import Content, Part
+from kvserve.dialects.reader import Reader
 from kvserve.errors import KvserveError
-from kvserve.supervisor.admission import Done, GenerationSpec, Served, Ticket, TicketEvent
+from kvserve.supervisor.admission import (
+    Done,
+    Echoed,
+    GenerationSpec,
+    Served,
+    Text,
+    Ticket,
+    TicketEvent,
+)
 from kvserve.supervisor.service import Service
 
 Indexed = tuple[int, TicketEvent]
@@ -69,31 +81,32 @@ class Answer(Response):
     async def _send_whole(
         self, tickets: Sequence[Ticket], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        texts: list[list[str]] = [[] for _ in tickets]
+        parts: list[list[Part]] = [[] for _ in tickets]
         entries: list[list[Entry]] = [[] for _ in tickets]
-        transcripts = self._transcripts()
+        tellings = self._tellings()
         ends: dict[int, Done] = {}
         served: Served | None = None
         async with aclosing(_events(tickets)) as events:
             async for index, event in events:
                 if isinstance(event, Served):
                     served = served or event
+                    tellings[index].begin(event.form)
                     continue
-                said = transcripts[index].take(event)
-                texts[index].append(said.text)
-                entries[index].extend(said.entries)
+                more, likelihoods = tellings[index].take(event)
+                parts[index].extend(more)
+                entries[index].extend(likelihoods)
                 if isinstance(event, Done):
                     ends[index] = event
         assert served is not None
         choices = [
             Choice(
-                "".join(texts[index]),
+                tuple(parts[index]),
                 ends[index].reason,
                 None if spec.n_logprobs is None else tuple(entries[index]),
             )
             for index, spec in enumerate(self._specs)
         ]
-        body = self._format.whole(choices, self._usage(ends), served.fingerprint)
+        body = self._format.whole(choices, self._usage(ends), served.fingerprint, served.form)
         await JSONResponse(body, headers=_headers(served))(scope, receive, send)
 
     async def _send_stream(self, tickets: Sequence[Ticket], scope: Scope, send: Send) -> None:
@@ -114,7 +127,7 @@ class Answer(Response):
 
     async def _send_chunks(self, tickets: Sequence[Ticket], out: EventStream) -> None:
         writers: dict[int, ChunkWriter] = {}
-        transcripts = self._transcripts()
+        tellings = self._tellings()
         ends: dict[int, Done] = {}
         fingerprint = ""
         async with aclosing(_events(tickets)) as events:
@@ -122,9 +135,11 @@ class Answer(Response):
                 if isinstance(event, Served):
                     fingerprint = event.fingerprint
                     await out.begin(_headers(event))
+                    tellings[index].begin(event.form)
                     writer = self._format.writer(
                         index,
                         fingerprint,
+                        event.form,
                         with_usage=self._with_usage,
                         with_logprobs=self._specs[index].n_logprobs is not None,
                     )
@@ -132,9 +147,12 @@ class Answer(Response):
                     if writer.opening is not None:
                         await out.event(writer.opening)
                     continue
-                said = transcripts[index].take(event)
-                if said.text or said.entries:
-                    await out.event(writers[index].text(said.text, said.entries))
+                parts, entries = tellings[index].take(event)
+                if entries and not parts:
+                    parts = [Content("")]
+                for part in parts:
+                    await out.event(writers[index].part(part, entries))
+                    entries = ()
                 if isinstance(event, Done):
                     ends[index] = event
                     await out.event(writers[index].closing(event.reason))
@@ -143,9 +161,8 @@ class Answer(Response):
         await out.event("[DONE]")
         await out.close()
 
-    def _transcripts(self) -> list[Transcript]:
-        tells_end = self._format.tells_end
-        return [Transcript(spec, tells_end=tells_end) for spec in self._specs]
+    def _tellings(self) -> "list[_Telling]":
+        return [_Telling(spec, self._format) for spec in self._specs]
 
     def _usage(self, ends: Mapping[int, Done]) -> Json:
         return usage_of([ends[index] for index in range(len(ends))], self._n_choices)
@@ -156,6 +173,30 @@ class Answer(Response):
             return {}
         launch = plan.chosen.launch
         return {"x-kvserve-ctx": str(launch.n_ctx), "x-kvserve-cache-type": str(launch.pair)}
+
+
+class _Telling:
+    """Follows one choice: what its text says, and the likelihoods of its tokens."""
+
+    def __init__(self, spec: GenerationSpec, wire_format: Format) -> None:
+        self._spec = spec
+        self._format = wire_format
+        self._transcript = Transcript(spec, tells_end=wire_format.tells_end)
+        self._reader: Reader | None = None
+
+    def begin(self, form: Form | None) -> None:
+        """A worker took the choice up."""
+        self._reader = self._format.reader(self._spec.prompt, form)
+
+    def take(self, event: Echoed | Text | Done) -> tuple[Sequence[Part], Sequence[Entry]]:
+        """What can be told after this event."""
+        said = self._transcript.take(event)
+        if self._reader is None:
+            return [Content(said.text)] if said.text else [], said.entries
+        parts = self._reader.push(said.text)
+        if isinstance(event, Done):
+            parts += self._reader.finish()
+        return parts, said.entries
 
 
 def _headers(served: Served) -> dict[str, str]:

@@ -32,7 +32,11 @@ def create_app(service: Service, config: ApiConfig, metrics: Metrics | None = No
         middleware=[
             Middleware(RequestIdMiddleware),
             Middleware(AccessMiddleware, config=config),
-            Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
+            Middleware(
+                BodyLimitMiddleware,
+                max_bytes=config.max_body_bytes,
+                pause_seconds=config.body_seconds,
+            ),
         ],
     )
     install_error_handlers(app)

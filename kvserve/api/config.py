@@ -18,9 +18,9 @@ class ApiConfig:
     `aliases` are further names of the model (its file's stem); "default" is always one. Without
     `api_keys` everything is open, so the daemon allows that on a loopback address only.
     `admin_keys` open `/admin/*` in place of the API keys. `admin_token` opens it too, for the CLI
-    on the same machine. `local_only`
-    is for a server bound to a loopback address: requests that a web page could have sent are
-    refused. `created` and `clock` are in seconds since the epoch.
+    on the same machine. `local_only` is for a server bound to a loopback address: requests that a
+    web page could have sent are refused. A body may pause for `body_seconds`. `reasoning_format`
+    "none" leaves reasoning in the text. `created` and `clock` are in seconds since the epoch.
     """
 
     model_id: str
@@ -32,6 +32,8 @@ class ApiConfig:
     local_only: bool = True
     max_body_bytes: int = 16 * MIB
     ping_seconds: float = 5.0
+    body_seconds: float = 30.0
+    reasoning_format: str = "auto"
     clock: Callable[[], float] = time.time
 
     def serves(self, name: str) -> bool:

@@ -18,7 +18,12 @@ from kvserve.api.request_id import request_id_of
 from kvserve.errors import DoesNotFit, InvalidRequest, KvserveError, Unauthorized
 
 _LONGEST_ECHO = 200
-_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
+_HTTP_CODES = {
+    404: "unknown_url",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+}
 
 
 class AsciiJSONResponse(JSONResponse):

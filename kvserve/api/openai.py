@@ -2,12 +2,18 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kvserve.api.answer import Answer
+from kvserve.api.bodies import body_schema, read_body
 from kvserve.api.config import ApiConfig
-from kvserve.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from kvserve.api.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+)
 from kvserve.api.specs import chat_specs, completion_specs
 from kvserve.api.wire import ChatFormat, CompletionFormat, Format
 from kvserve.errors import InvalidRequest, ModelNotFound
@@ -28,16 +34,25 @@ def openai_router(service: Service, config: ApiConfig) -> APIRouter:
         _check_model(name, config)
         return _model_object(service, config)
 
-    @router.post("/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest) -> Response:
+    @router.post(
+        "/chat/completions", openapi_extra=body_schema(ChatCompletionRequest, messages=Message)
+    )
+    async def chat_completions(request: Request) -> Response:
+        body, specs = await read_body(request, ChatCompletionRequest, chat_specs)
         _check(body, service, config)
-        return answer(body, chat_specs(body), ChatFormat(config.model_id, int(config.clock())))
+        wire_format = ChatFormat(
+            config.model_id,
+            int(config.clock()),
+            keeps_reasoning=(body.reasoning_format or config.reasoning_format) == "none",
+        )
+        return answer(body, specs, wire_format)
 
-    @router.post("/completions")
-    async def completions(body: CompletionRequest) -> Response:
+    @router.post("/completions", openapi_extra=body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body, specs = await read_body(request, CompletionRequest, completion_specs)
         _check(body, service, config)
         wire_format = CompletionFormat(config.model_id, int(config.clock()))
-        return answer(body, completion_specs(body), wire_format)
+        return answer(body, specs, wire_format)
 
     def answer(
         body: GenerationRequest, specs: tuple[GenerationSpec, ...], wire_format: Format

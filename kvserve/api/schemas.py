@@ -95,18 +95,30 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: Any = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`.
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    `messages` are `Message`s, each checked by itself in `specs`: to check a hundred thousand at
+    once would stop all other threads. `reasoning_format` has llama-server's names: `none` leaves
+    reasoning in the text, the others take it out.
+    """
+
+    messages: Annotated[list[Any], Field(min_length=1)]
     max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
 
 
 class CompletionRequest(GenerationRequest):

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from msgspec import structs
+from pydantic import ValidationError
 
 from kvserve.api.config import task_in
 from kvserve.api.response_format import read_response_format
@@ -18,15 +20,18 @@ from kvserve.api.schemas import (
     GenerationRequest,
     Message,
 )
+from kvserve.api.tools import read_calls, read_tools
 from kvserve.api.unicode import encodable
 from kvserve.core.plan import Task
 from kvserve.errors import InvalidRequest, Unsupported
 from kvserve.ipc.messages import (
     ChatMessage,
     ChatPrompt,
+    Grammar,
     Prompt,
     TextPrompt,
     TokenPrompt,
+    Tools,
 )
 from kvserve.supervisor.admission import GenerationSpec
 
@@ -66,21 +71,39 @@ def chat_specs(body: ChatCompletionRequest) -> tuple[GenerationSpec, ...]:
     Raises InvalidRequest, Unsupported.
     """
     _refuse_unsupported(body)
+    messages = tuple(_chat_message(value, i) for i, value in enumerate(body.messages))
     continue_final = bool(body.continue_final_message)
-    if continue_final and body.messages[-1].role != "assistant":
+    if continue_final and messages[-1].role != "assistant":
         raise InvalidRequest(
             "only a last message of the assistant can be continued", param="continue_final_message"
         )
     prompt = ChatPrompt(
-        messages=tuple(_chat_message(m, f"messages[{i}]") for i, m in enumerate(body.messages)),
+        messages=messages,
         template_kwargs=_template_kwargs(body.chat_template_kwargs or {}),
         continue_final=continue_final,
+        tools=read_tools(
+            body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False
+        ),
     )
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest('top_logprobs needs "logprobs": true', param="top_logprobs")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     spec = _spec(body, prompt, body.max_completion_tokens or body.max_tokens, n_logprobs)
+    if prompt.tools is not None and spec.grammar is not None:
+        spec = replace(spec, grammar=_beside_tools(spec.grammar, prompt.tools))
     return _choices(spec, body.n or 1)
+
+
+def _beside_tools(grammar: Grammar, tools: Tools) -> Grammar | None:
+    """What an answer must look like that calls nothing."""
+    if tools.required:
+        return None
+    if grammar.kind not in ("json_schema", "json_object"):
+        raise Unsupported(
+            f"response_format of type {grammar.kind} does not go with tools: use json_schema",
+            param="response_format.type",
+        )
+    return grammar
 
 
 def completion_specs(body: CompletionRequest) -> tuple[GenerationSpec, ...]:
@@ -169,16 +192,34 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(encodable(stop, "stop") for stop in stops)
 
 
-def _chat_message(message: Message, where: str) -> ChatMessage:
-    if (message.model_extra or {}).get("tool_calls"):
-        raise Unsupported("tool calls are not supported here", param=f"{where}.tool_calls")
+def _chat_message(value: object, index: int) -> ChatMessage:
+    try:
+        message = Message.model_validate(value)
+    except ValidationError as error:
+        place = ("body", "messages", index)
+        raise RequestValidationError(
+            [{**one, "loc": (*place, *one["loc"])} for one in error.errors()]
+        ) from None
+    where = f"messages[{index}]"
+    calls = read_calls(message.tool_calls, f"{where}.tool_calls")
+    if calls and message.role != "assistant":
+        raise InvalidRequest(
+            "only the assistant's messages have tool_calls", param=f"{where}.tool_calls"
+        )
     if message.content is None and message.role not in ("assistant", "tool"):
         raise InvalidRequest(f"a {message.role} message needs content", param=f"{where}.content")
     return ChatMessage(
         role="system" if message.role == "developer" else message.role,
         content=_content(message.content, f"{where}.content"),
-        name=message.name,
+        name=_optional(message.name, f"{where}.name"),
+        tool_calls=calls,
+        tool_call_id=_optional(message.tool_call_id, f"{where}.tool_call_id"),
+        reasoning=_optional(message.reasoning_content, f"{where}.reasoning_content"),
     )
+
+
+def _optional(text: str | None, where: str) -> str | None:
+    return None if text is None else encodable(text, where)
 
 
 def _content(value: object, where: str) -> str:

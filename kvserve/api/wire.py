@@ -9,11 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvserve.api.choices import CallWriter, Choice
 from kvserve.api.likelihoods import Entry, Json, chat_logprobs, completion_logprobs
+from kvserve.dialects.form import Form
+from kvserve.dialects.parts import Content, Part
+from kvserve.dialects.reader import Reader
+from kvserve.ipc.messages import ChatPrompt, Prompt
 from kvserve.supervisor.admission import Done
 
 # Stand where a chunk's parts will be; random, so that no model name or fingerprint contains them.
 _HOLE = uuid.uuid4().hex
+_DELTA_HOLE = uuid.uuid4().hex
 _LOGPROBS_HOLE = uuid.uuid4().hex
 
 # Escaping all but ASCII keeps U+2028 and the like out of the stream: clients that split lines as
@@ -41,15 +47,6 @@ def usage_of(ends: Sequence[Done], n_choices: int = 1) -> Json:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One whole answer; `entries` are None where likelihoods are not wanted."""
-
-    text: str
-    reason: str
-    entries: tuple[Entry, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkWriter:
     """Makes the chunks of one choice. `opening` precedes the text, None where nothing does;
     `logprobs` writes likelihoods, None where they are not wanted."""
@@ -60,6 +57,10 @@ class ChunkWriter:
     after_logprobs: str
     before_reason: str
     after_reason: str
+    before_delta: str
+    after_delta: str
+    after_delta_logprobs: str
+    calls: CallWriter
     logprobs: Callable[[Sequence[Entry]], Json] | None
 
     def text(self, text: str, entries: Sequence[Entry] = ()) -> str:
@@ -69,8 +70,18 @@ class ChunkWriter:
             return start
         return f"{start}{encode(self.logprobs(entries))}{self.after_logprobs}"
 
+    def part(self, part: Part, entries: Sequence[Entry] = ()) -> str:
+        """A chunk with a part of the answer and what is told of its tokens."""
+        if isinstance(part, Content):
+            return self.text(part.text, entries)
+        start = f"{self.before_delta}{encode(self.calls.delta(part))}{self.after_delta}"
+        if self.logprobs is None:
+            return start
+        return f"{start}{encode(self.logprobs(entries))}{self.after_delta_logprobs}"
+
     def closing(self, reason: str) -> str:
         """The choice's last chunk."""
+        reason = self.calls.reason(reason)
         return f"{self.before_reason}{_encode_string(reason)}{self.after_reason}"
 
 
@@ -82,14 +93,26 @@ class Format(Protocol):
         """Whether likelihoods include the token that ends an answer."""
         ...
 
-    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
+    def whole(
+        self, choices: Sequence[Choice], usage: Json, fingerprint: str, form: Form | None = None
+    ) -> Json:
         """The answer of a request that does not stream."""
         ...
 
     def writer(
-        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+        self,
+        index: int,
+        fingerprint: str,
+        form: Form | None = None,
+        *,
+        with_usage: bool,
+        with_logprobs: bool,
     ) -> ChunkWriter:
         """What writes the chunks of choice `index`; `with_usage` as OpenAI's include_usage."""
+        ...
+
+    def reader(self, prompt: Prompt, form: Form | None) -> Reader | None:
+        """What reads the answer to a prompt; None where it is plain text."""
         ...
 
     def usage_chunk(self, usage: Json, fingerprint: str) -> str:
@@ -125,29 +148,40 @@ class ChatFormat:
 
     tells_end = False
 
-    def __init__(self, model: str, created: int) -> None:
+    def __init__(self, model: str, created: int, *, keeps_reasoning: bool = False) -> None:
+        self._keeps_reasoning = keeps_reasoning
         self._answer = _Answer(f"chatcmpl-{uuid.uuid4().hex}", model, created)
 
-    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
+    def reader(self, prompt: Prompt, form: Form | None) -> Reader | None:
+        """Reads reasoning, and calls where there are tools."""
+        if form is None or not isinstance(prompt, ChatPrompt):
+            return None
+        functions = None
+        if prompt.tools is not None:
+            tools = [one["function"] for one in json.loads(prompt.tools.text)]
+            functions = {one["name"]: one["parameters"] for one in tools}
+        return Reader(form, functions, keeps_reasoning=self._keeps_reasoning)
+
+    def whole(
+        self, choices: Sequence[Choice], usage: Json, fingerprint: str, form: Form | None = None
+    ) -> Json:
         """A `chat.completion` object."""
-        written = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None if choice.entries is None else chat_logprobs(choice.entries),
-                "finish_reason": choice.reason,
-            }
-            for index, choice in enumerate(choices)
-        ]
+        written = [_chat_choice(index, choice, form) for index, choice in enumerate(choices)]
         head = self._answer.head("chat.completion", fingerprint)
         return {**head, "choices": written, "usage": usage}
 
     def writer(
-        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+        self,
+        index: int,
+        fingerprint: str,
+        form: Form | None = None,
+        *,
+        with_usage: bool,
+        with_logprobs: bool,
     ) -> ChunkWriter:
         """Chunks whose first one names the role."""
 
-        def chunk(delta: Json, reason: str | None, logprobs: str | None = None) -> str:
+        def chunk(delta: Json | str, reason: str | None, logprobs: str | None = None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return self._answer.chunk(
                 "chat.completion.chunk", fingerprint, choice, with_usage=with_usage
@@ -158,6 +192,8 @@ class ChatFormat:
             chunk({"content": _HOLE}, None, _LOGPROBS_HOLE if with_logprobs else None),
             chunk({}, _HOLE),
             chat_logprobs if with_logprobs else None,
+            chunk(_DELTA_HOLE, None, _LOGPROBS_HOLE if with_logprobs else None),
+            form,
         )
 
     def usage_chunk(self, usage: Json, fingerprint: str) -> str:
@@ -174,7 +210,13 @@ class CompletionFormat:
     def __init__(self, model: str, created: int) -> None:
         self._answer = _Answer(f"cmpl-{uuid.uuid4().hex}", model, created)
 
-    def whole(self, choices: Sequence[Choice], usage: Json, fingerprint: str) -> Json:
+    def reader(self, _prompt: Prompt, _form: Form | None) -> Reader | None:
+        """Completions are plain text."""
+        return None
+
+    def whole(
+        self, choices: Sequence[Choice], usage: Json, fingerprint: str, _form: Form | None = None
+    ) -> Json:
         """A `text_completion` object."""
         written = [
             _text_choice(
@@ -189,7 +231,13 @@ class CompletionFormat:
         return {**head, "choices": written, "usage": usage}
 
     def writer(
-        self, index: int, fingerprint: str, *, with_usage: bool, with_logprobs: bool
+        self,
+        index: int,
+        fingerprint: str,
+        _form: Form | None = None,
+        *,
+        with_usage: bool,
+        with_logprobs: bool,
     ) -> ChunkWriter:
         """Chunks of text."""
 
@@ -209,6 +257,27 @@ class CompletionFormat:
         return self._answer.usage_chunk("text_completion", fingerprint, usage)
 
 
+def _chat_choice(index: int, choice: Choice, form: Form | None) -> Json:
+    writer = CallWriter(form)
+    calls = writer.whole(choice.parts)
+    text = choice.text
+    message: Json = {
+        "role": "assistant",
+        "content": None if calls and not text else text,
+        "refusal": None,
+    }
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None if choice.entries is None else chat_logprobs(choice.entries),
+        "finish_reason": writer.reason(choice.reason),
+    }
+
+
 def _text_choice(index: int, text: str, reason: str | None, logprobs: Json | str | None) -> Json:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
@@ -218,11 +287,25 @@ def _chunk_writer(
     with_text: str,
     with_reason: str,
     logprobs: Callable[[Sequence[Entry]], Json] | None,
+    with_delta: str = "",
+    form: Form | None = None,
 ) -> ChunkWriter:
     hole = _encode_string(_HOLE)
     before_text, _, rest = with_text.partition(hole)
     after_text, _, after_logprobs = rest.partition(_encode_string(_LOGPROBS_HOLE))
     before_reason, _, after_reason = with_reason.partition(hole)
+    before_delta, _, rest = with_delta.partition(_encode_string(_DELTA_HOLE))
+    after_delta, _, after_delta_logprobs = rest.partition(_encode_string(_LOGPROBS_HOLE))
     return ChunkWriter(
-        opening, before_text, after_text, after_logprobs, before_reason, after_reason, logprobs
+        opening,
+        before_text,
+        after_text,
+        after_logprobs,
+        before_reason,
+        after_reason,
+        before_delta,
+        after_delta,
+        after_delta_logprobs,
+        CallWriter(form),
+        logprobs,
     )

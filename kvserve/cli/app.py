@@ -55,6 +55,7 @@ def plan(
     "max_ctx",
     "adapt",
     "below_floor",
+    "reasoning_format",
     "shrink_after",
     "min_reload_interval",
     "host",

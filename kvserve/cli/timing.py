@@ -1,15 +1,23 @@
 """`kvserve bench --kv`: each pair's prefill and decode speed, kept with the measured quality."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvserve.cli.evaluating import print_outcome, target_of
+from msgspec import structs
+
+from kvserve.cli.evaluating import print_outcome
 from kvserve.cli.models import open_model
+from kvserve.core.dtypes import CachePair
+from kvserve.core.eval_room import Need
 from kvserve.core.machine import Backend
+from kvserve.core.plan import Launch
+from kvserve.core.speed import bandwidth_ratio
 from kvserve.errors import UsageError
 from kvserve.eval.scope import NORMAL, depths, narrowed
 from kvserve.eval.session import Job, run
-from kvserve.ipc.evaluating import EvalRequest, Pacing
+from kvserve.eval.tables import ARTICLE_NOTE
+from kvserve.eval.target import Placed, Target, read_target
+from kvserve.ipc.evaluating import N_OUTPUTS, N_WARM_UP, EvalRequest, Pacing
 from kvserve.settings import load_settings
 from kvserve.supervisor.profiles import Profiles
 
@@ -40,25 +48,61 @@ def bench_kv(options: KvBenchOptions) -> None:
     }
     settings = load_settings(flags)
     model = open_model(settings)
-    target = target_of(settings, model)
+    target = read_target(settings, model.file)
     n_train = model.file.shape.n_ctx_train
     scope = narrowed(NORMAL, n_ctx_train=n_train, pairs=options.pairs, ctx="none")
     backend = target.backend
     pacing = Pacing(_depths(options, backend, n_train), N_PREFILL[backend], N_DECODE[backend])
+    placed, pacing = _place(target, scope.pairs, pacing, shrink=options.depths is None)
     job = Job(
         request=EvalRequest(
-            load=target.load, pairs=tuple(str(pair) for pair in scope.pairs), pacing=pacing
+            load=placed.load, pairs=tuple(str(pair) for pair in scope.pairs), pacing=pacing
         ),
-        environment=target.environment,
-        key=target.key,
+        environment=placed.environment,
+        key=placed.key,
         model_id=model.id,
-        settings={"depths": ",".join(map(str, pacing.depths))},
+        settings={
+            "depths": ",".join(map(str, pacing.depths)),
+            "published estimate": ARTICLE_NOTE,
+        },
+        predicted={
+            (pair, depth): bandwidth_ratio(model.file.shape, pair, depth)
+            for pair in scope.pairs
+            for depth in pacing.depths
+        },
     )
-    print_outcome(run(job, Profiles(), sys.stderr), options.as_json)
+    outcome = run(job, Profiles(), sys.stderr)
+    print_outcome(outcome, options.as_json)
+
+
+def _place(
+    target: Target, pairs: tuple[CachePair, ...], pacing: Pacing, *, shrink: bool
+) -> tuple[Placed, Pacing]:
+    """All layers on the device, and each pair as deep as it fits there then. Where that is nowhere,
+    the split that `start` would choose for f16, for all pairs alike. Raises DoesNotFit, where the
+    usual depths may not `shrink`."""
+    launches: list[Launch] = []
+    deepest: dict[str, int] = {}
+    for pair in pairs:
+        deepest[str(pair)] = -1
+        for depth in sorted(pacing.depths, reverse=True):
+            found = target.whole(pair, depth + pacing.n_beside)
+            if found is not None:
+                launches.append(found)
+                deepest[str(pair)] = depth
+                break
+    if launches:
+        return target.placed(launches[0]), structs.replace(pacing, deepest=deepest)
+    need = Need(pacing.n_ctx, 1, N_OUTPUTS, flag="--depths", n_beside=pacing.n_beside)
+    longest = target.longest(need) - pacing.n_beside
+    if shrink and 0 <= longest < max(pacing.depths):
+        fitting = tuple(dict.fromkeys(min(depth, longest) for depth in pacing.depths))
+        pacing = structs.replace(pacing, depths=fitting)
+    return target.place(replace(need, n_ctx=pacing.n_ctx)), pacing
 
 
 def _depths(options: KvBenchOptions, backend: Backend, n_ctx_train: int) -> tuple[int, ...]:
-    deepest = n_ctx_train - N_PREFILL[backend] - N_DECODE[backend] - 2
+    deepest = n_ctx_train - N_PREFILL[backend] - N_DECODE[backend] - N_WARM_UP
     if options.depths is None:
         usual = GPU_DEPTHS if backend is Backend.CUDA else CPU_DEPTHS
         return tuple(dict.fromkeys(min(depth, deepest) for depth in usual))

@@ -19,8 +19,10 @@ TimeoutStartSec=infinity
 WatchdogSec=30
 Restart=on-failure
 RestartSec=5
-# Wrong settings, and a model that does not fit, are not mended by starting again.
-RestartPreventExitStatus=2 3
+# Starting again mends neither wrong settings (2), nor a model that does not fit (3), nor one that
+# cannot be loaded (4): the daemon has tried all that may help itself. Once it serves, it outlives
+# its workers and tries anew each minute.
+RestartPreventExitStatus=2 3 4
 UMask=0077
 LimitNOFILE=65536
 NoNewPrivileges=yes

@@ -3,6 +3,7 @@ Values in, values out."""
 
 from dataclasses import dataclass, replace
 
+from kvserve.core.candidates import micro_batches
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import CachePair
 from kvserve.core.loss import REFERENCE_PAIR
@@ -20,13 +21,16 @@ _F32 = 4
 @dataclass(frozen=True, slots=True)
 class Need:
     """What a measurement holds at a time: `n_contexts` f16 contexts of `n_ctx` tokens, each with
-    `n_outputs` rows of logits, and on the host `n_rows` more rows and `host_bytes`."""
+    `n_outputs` rows of logits, and on the host `n_rows` more rows and `host_bytes`. `flag` is what
+    the user makes it smaller by; `n_beside` tokens of the context come on top of that."""
 
     n_ctx: int
     n_contexts: int = 1
     n_outputs: int = 1
     n_rows: int = 0
     host_bytes: int = 0
+    flag: str = "--ctx"
+    n_beside: int = 0
 
 
 def place(
@@ -46,11 +50,11 @@ def place(
         return _place(shape, machine, request, need, overheads)
     except DoesNotFit as error:
         longest = longest_context(shape, machine, request, need, overheads)
-        beside = _beside_bytes(shape, machine, request, need, overheads)
+        beside = _beside_bytes(shape, machine, request, need)
         needed, free = error.needed_bytes + beside, error.free_bytes + beside
         what = "an f16 reference and a candidate" if need.n_contexts > 1 else "a context"
-        options = (f"--ctx {longest}",) if longest else ()
-        nearest = f"--ctx {longest} fits" if longest else "no context fits"
+        options = (f"{need.flag} {longest - need.n_beside}",) if longest > need.n_beside else ()
+        nearest = f"{options[0]} fits" if options else "no context fits"
         raise DoesNotFit(
             f"measuring {need.n_ctx} tokens takes the weights and {what} beside them, "
             f"{format_bytes(needed)} of {format_bytes(free)} free: {nearest}; or make room "
@@ -58,7 +62,7 @@ def place(
             needed_bytes=needed,
             free_bytes=free,
             options=options,
-            param="ctx",
+            param=need.flag.split()[0].strip("-,"),
         ) from error
 
 
@@ -83,23 +87,25 @@ def longest_context(
     return low * N_CTX_PADDING
 
 
-def fits_whole(
+def whole_launch(
     shape: ModelShape,
     machine: Machine,
     request: Request,
     pair: CachePair,
     n_ctx: int,
     overheads: Overheads | None = None,
-) -> bool:
-    """Whether one context of `pair` fits with all layers on the device, or as many as were asked
-    for. Raises UsageError."""
-    layers = shape.n_layer + 1 if request.n_gpu_layers is None else request.n_gpu_layers
-    asked = replace(_bare(request), n_ctx=n_ctx, pair=pair, n_gpu_layers=layers)
+) -> Launch | None:
+    """The launch of one context of `pair` with all layers on the device, or as many as were asked
+    for; None where it does not fit. Raises UsageError."""
+    layers = request.n_gpu_layers
+    if layers is None and _may_use_gpu(machine, request):
+        layers = shape.n_layer + 1
+    kept = _reserve_bytes(machine, request, _first_bytes(shape, machine, request))
+    asked = replace(_bare(request), n_ctx=n_ctx, pair=pair, n_gpu_layers=layers, reserve_bytes=kept)
     try:
-        select(shape, machine, asked, overheads)
+        return select(shape, machine, asked, overheads).chosen.launch
     except DoesNotFit:
-        return False
-    return True
+        return None
 
 
 def _place(
@@ -111,23 +117,38 @@ def _place(
 ) -> Launch:
     taken = need.host_bytes + need.n_rows * shape.n_vocab * _F32
     host = replace(machine.host, free_bytes=max(0, machine.host.free_bytes - taken))
-    beside = _beside_bytes(shape, machine, request, need, overheads)
-    gpus = machine.gpus if _may_use_gpu(machine, request) else ()
-    free = min((gpu.free_bytes for gpu in gpus), default=host.free_bytes)
-    usual = default_reserve(free) if request.reserve_bytes is None else request.reserve_bytes
+    beside = _beside_bytes(shape, machine, request, need)
+    machine = replace(machine, host=host)
     asked = replace(
         _bare(request),
         n_ctx=need.n_ctx,
         pair=REFERENCE_PAIR,
-        reserve_bytes=usual + beside // max(1, len(gpus)),
+        reserve_bytes=_reserve_bytes(machine, request, beside),
     )
-    return select(shape, replace(machine, host=host), asked, overheads).chosen.launch
+    return select(shape, machine, asked, overheads).chosen.launch
+
+
+def _reserve_bytes(machine: Machine, request: Request, beside_bytes: int) -> int:
+    """What stays free of each device: the user's reserve or the usual one, and its part of what is
+    needed beside the context that is planned."""
+    gpus = machine.gpus if _may_use_gpu(machine, request) else ()
+    free = min((gpu.free_bytes for gpu in gpus), default=machine.host.free_bytes)
+    usual = default_reserve(free) if request.reserve_bytes is None else request.reserve_bytes
+    return usual + beside_bytes // max(1, len(gpus))
 
 
 def _bare(request: Request) -> Request:
-    """The request for one sequence and without any floor."""
+    """The request for one sequence, without any floor, and with one micro-batch for all pairs: what
+    is compared shall differ in its types alone."""
     return replace(
-        request, n_parallel=1, floor=None, task=None, also=None, max_kld=None, min_top1=None
+        request,
+        n_parallel=1,
+        n_ubatch=micro_batches(request)[0],
+        floor=None,
+        task=None,
+        also=None,
+        max_kld=None,
+        min_top1=None,
     )
 
 
@@ -136,24 +157,28 @@ def _may_use_gpu(machine: Machine, request: Request) -> bool:
     return bool(machine.gpus) and machine.build.cuda and on_gpu
 
 
-def _beside_bytes(
-    shape: ModelShape,
-    machine: Machine,
-    request: Request,
-    need: Need,
-    overheads: Overheads | None,
-) -> int:
+def _beside_bytes(shape: ModelShape, machine: Machine, request: Request, need: Need) -> int:
     """What the other contexts take where the layers run, and the logits of all."""
+    others = (need.n_contexts - 1) * _context_bytes(shape, machine, request, need.n_ctx)
+    logits = need.n_contexts * need.n_outputs * shape.n_vocab * _F32
+    return others + logits + _first_bytes(shape, machine, request)
+
+
+def _first_bytes(shape: ModelShape, machine: Machine, request: Request) -> int:
+    """The smallest context, which the model is loaded with and which stays (worker/evaluation)."""
+    return _context_bytes(shape, machine, request, N_CTX_PADDING)
+
+
+def _context_bytes(shape: ModelShape, machine: Machine, request: Request, n_ctx: int) -> int:
     on_gpu = _may_use_gpu(machine, request)
     launch = Launch(
         backend=Backend.CUDA if on_gpu else Backend.CPU,
         pair=REFERENCE_PAIR,
-        n_ctx=pad_context(need.n_ctx),
+        n_ctx=pad_context(n_ctx),
         n_parallel=1,
         n_batch=request.n_batch,
-        n_ubatch=request.n_ubatch or request.n_batch,
+        n_ubatch=micro_batches(request)[0],
         n_gpu_layers=shape.n_layer + 1 if on_gpu else 0,
     )
-    bill = estimate(shape, launch, overheads or prior_overheads(None, shape), 1)
-    logits = need.n_contexts * need.n_outputs * shape.n_vocab * _F32
-    return (need.n_contexts - 1) * deciding(bill, launch).own_bytes + logits
+    bill = estimate(shape, launch, prior_overheads(None, shape), 1)
+    return deciding(bill, launch).own_bytes

@@ -6,6 +6,7 @@ place of the formulas'. Weights and the runtime are not among them and stay as c
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from kvserve.core.cells import uses_gpu
 from kvserve.core.plan import Candidate, Estimate, Launch, Memory, Plan
@@ -41,7 +42,12 @@ class Findings:
         exact = self.exact.get(launch)
         if exact is None:
             return bill
-        return Estimate(gpu=_corrected(bill.gpu, exact.gpu), host=_corrected(bill.host, exact.host))
+        host = _corrected(bill.host, exact.host)
+        if len(bill.each) > 1 and len(bill.each) == len(exact.each):
+            pairs = zip(bill.each, exact.each, strict=True)
+            each = tuple(_corrected(computed, real) for computed, real in pairs)
+            return Estimate(reduce(Memory.plus, each), host, each)
+        return Estimate(_corrected(bill.gpu, exact.gpu), host, bill.each)
 
 
 NOTHING_FOUND = Findings()

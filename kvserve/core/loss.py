@@ -63,12 +63,14 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens/s of one stream with `depth` tokens in the cache."""
+    """Tokens/s of one stream with `depth` tokens in the cache. `predicted_ratio` is the decode
+    speed over f16's that memory bandwidth alone would give (`speed.bandwidth_ratio`)."""
 
     pair: CachePair
     depth: int
     prefill_tps: float
     decode_tps: float
+    predicted_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@ buffers. docs/memory.md has the derivation and the measurements.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from kvserve.core.cells import cache_cells, first_gpu_layer, pad_context, uses_gpu
+from kvserve.core.devices import compute_of_gpus, layers_of_gpus
 from kvserve.core.dtypes import KvType, row_bytes
 from kvserve.core.graph.compute import compute_bytes, pinned_bytes
 from kvserve.core.plan import N_CTX_PADDING, Estimate, Launch, Memory
@@ -92,15 +94,20 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
         host.weights += experts
         place.kv += kv_bytes(layer, launch)
         place.recurrent += recurrent_bytes(layer, launch)
-    on_gpu = uses_gpu(launch)
-    return Estimate(
-        gpu=Memory(
+    on_gpu, draft = uses_gpu(launch), launch.draft_model
+    each = _each_gpu(shape, launch, overheads) if on_gpu and len(launch.tensor_split) > 1 else ()
+    if each:
+        on_gpus = reduce(Memory.plus, each)
+    else:
+        on_gpus = Memory(
             weights_bytes=gpu.weights,
             kv_bytes=gpu.kv,
             recurrent_bytes=gpu.recurrent,
             compute_bytes=compute_bytes(shape, launch) * n_gpus if on_gpu else 0,
             runtime_bytes=overheads.gpu_bytes * n_gpus if on_gpu else 0,
-        ),
+        )
+    return Estimate(
+        gpu=replace(on_gpus, draft_bytes=draft.on_gpu(launch.n_ctx) if draft and on_gpu else 0),
         host=Memory(
             weights_bytes=host.weights,
             kv_bytes=host.kv,
@@ -109,8 +116,41 @@ def estimate(shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: in
             output_bytes=launch.n_parallel * shape.n_vocab * _F32,
             # The first batch with drafted tokens makes the output buffer longer (output_reserve).
             runtime_bytes=overheads.host_bytes + launch.n_draft * shape.n_vocab * _F32,
+            draft_bytes=draft.on_host(launch.n_ctx) if draft and not on_gpu else 0,
         ),
+        each=each,
     )
+
+
+def gpu_layer_bytes(shape: ModelShape, launch: Launch) -> list[int]:
+    """Weights and caches of each layer on the GPUs, from the first one there to the output."""
+    sizes = []
+    for layer in shape.layers[first_gpu_layer(shape, launch) :]:
+        away = layer.expert_bytes if layer.index < launch.n_cpu_moe else 0
+        kept = kv_bytes(layer, launch) + recurrent_bytes(layer, launch)
+        sizes.append(layer.weights_bytes - away + kept)
+    return [*sizes, shape.output_bytes]
+
+
+def _each_gpu(shape: ModelShape, launch: Launch, overheads: Overheads) -> tuple[Memory, ...]:
+    """Every GPU's memory: its layers, its compute buffer, and a process."""
+    every = []
+    compute = compute_of_gpus(shape, launch)
+    for layers, compute_size in zip(layers_of_gpus(shape, launch), compute, strict=True):
+        weights = kv = recurrent = 0
+        for index in layers:
+            if index == shape.n_layer:
+                weights += shape.output_bytes
+                continue
+            layer = shape.layers[index]
+            away = layer.expert_bytes if index < launch.n_cpu_moe else 0
+            weights += layer.weights_bytes - away
+            kv += kv_bytes(layer, launch)
+            recurrent += recurrent_bytes(layer, launch)
+        every.append(
+            Memory(weights, kv, recurrent, compute_size, runtime_bytes=overheads.gpu_bytes)
+        )
+    return tuple(every)
 
 
 def may_fit(
@@ -129,7 +169,11 @@ def max_context(
     shape: ModelShape, launch: Launch, overheads: Overheads, n_gpus: int, free_bytes: int
 ) -> int:
     """The longest context, a multiple of 256 up to the model's own, with which the launch fits
-    `free_bytes` of the device that decides; 0 where none does."""
+    `free_bytes` of the device that decides; 0 where none does.
+
+    With layers on both sides a longer one may fit again: copies of weights and cache share the
+    compute buffer there, and its holes move.
+    """
 
     def needed(n_steps: int) -> int:
         trial = with_context(launch, n_steps * N_CTX_PADDING)
@@ -176,6 +220,7 @@ def with_context(launch: Launch, n_ctx: int) -> Launch:
         flash_attn=launch.flash_attn,
         tensor_split=launch.tensor_split,
         n_draft=launch.n_draft,
+        draft_model=launch.draft_model,
     )
 
 

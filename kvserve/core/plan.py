@@ -27,6 +27,30 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class DraftModel:
+    """What a draft model takes in bytes, on a GPU or on the host, with contexts of 256 tokens,
+    twice as many, and so on."""
+
+    gpu_bytes: tuple[int, ...]
+    host_bytes: tuple[int, ...]
+
+    def on_gpu(self, n_ctx: int) -> int:
+        """All of it, on a GPU."""
+        return _between(self.gpu_bytes, n_ctx)
+
+    def on_host(self, n_ctx: int) -> int:
+        """All of it, on the host."""
+        return _between(self.host_bytes, n_ctx)
+
+
+def _between(n_bytes: tuple[int, ...], n_ctx: int) -> int:
+    steps = max(n_ctx / N_CTX_PADDING, 1.0)
+    lower = min(int(steps).bit_length() - 1, len(n_bytes) - 2)
+    share = steps / 2**lower - 1
+    return int(n_bytes[lower] + share * (n_bytes[lower + 1] - n_bytes[lower]))
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What the user asked for. None means: kvserve chooses.
 
@@ -54,14 +78,15 @@ class Request:
     max_kld: float | None = None
     min_top1: float | None = None
     n_draft: int = 0
+    draft_model: DraftModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """The settings that a worker starts llama.cpp with; everything a reload may change.
 
-    `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is each GPU's
-    share of the layers, empty with one GPU. `n_draft` is how many tokens speculation may add to a
+    `n_gpu_layers` counts the output layer as one, as llama.cpp does. `tensor_split` is how many of
+    them each GPU gets, empty with one GPU. `n_draft` is how many tokens speculation may add to a
     batch: the logits of each are wanted.
     """
 
@@ -76,6 +101,7 @@ class Launch:
     flash_attn: bool = True
     tensor_split: tuple[float, ...] = ()
     n_draft: int = 0
+    draft_model: DraftModel | None = None
 
     @property
     def n_outputs(self) -> int:
@@ -86,7 +112,8 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes by item. `runtime_bytes` is what the device takes beside llama.cpp's own buffers:
-    the CUDA context, cuBLAS, graphs; on the host the process itself."""
+    the CUDA context, cuBLAS, graphs; on the host the process itself. `draft_bytes` is a whole draft
+    model."""
 
     weights_bytes: int = 0
     kv_bytes: int = 0
@@ -94,6 +121,7 @@ class Memory:
     compute_bytes: int = 0
     output_bytes: int = 0
     runtime_bytes: int = 0
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -105,6 +133,18 @@ class Memory:
             + self.compute_bytes
             + self.output_bytes
             + self.runtime_bytes
+            + self.draft_bytes
+        )
+
+    def plus(self, other: "Memory") -> "Memory":
+        """Both together, item by item."""
+        return Memory(
+            weights_bytes=self.weights_bytes + other.weights_bytes,
+            kv_bytes=self.kv_bytes + other.kv_bytes,
+            recurrent_bytes=self.recurrent_bytes + other.recurrent_bytes,
+            compute_bytes=self.compute_bytes + other.compute_bytes,
+            output_bytes=self.output_bytes + other.output_bytes,
+            runtime_bytes=self.runtime_bytes + other.runtime_bytes,
         )
 
     @property
@@ -115,10 +155,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A launch's memory on the GPUs (all together) and on the host."""
+    """A launch's memory on the GPUs (all together) and on the host; `each` has every GPU's where
+    there are several."""
 
     gpu: Memory
     host: Memory
+    each: tuple[Memory, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

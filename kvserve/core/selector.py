@@ -9,9 +9,11 @@ numbers. Values in, values out.
 from dataclasses import replace
 
 from kvserve.core.candidates import (
+    MICRO_BATCHES,
     Device,
     best_split,
     launch_on,
+    longest,
     micro_batches,
     price,
     splits,
@@ -25,7 +27,6 @@ from kvserve.core.machine import Backend, Machine
 from kvserve.core.memory import (
     CPU_OVERHEADS,
     Overheads,
-    max_context,
     prior_overheads,
 )
 from kvserve.core.plan import Candidate, Plan, Request
@@ -169,19 +170,16 @@ def _device(
         on_gpu = _has_room_for_a_layer(shape, machine, overheads)
     if not on_gpu:
         prior = overheads or CPU_OVERHEADS
-        return Device(Backend.CPU, host_free, host_free, prior, 1, (), findings)
+        return Device(Backend.CPU, host_free, host_free, prior, 1, findings)
     free = [reserved(gpu.free_bytes) for gpu in machine.gpus]
-    # A split by layers leaves up to one layer's worth unused on each further GPU.
-    grain = max((layer.weights_bytes for layer in shape.layers), default=0) * (len(free) - 1)
     capability = machine.gpus[0].compute_capability
-    total = sum(free)
     return Device(
         backend=Backend.CUDA,
-        free_bytes=total - grain,
+        free_bytes=sum(free),
         host_free_bytes=host_free,
         overheads=overheads or prior_overheads(capability, shape),
         n_gpus=len(free),
-        tensor_split=tuple(f / total for f in free) if len(free) > 1 and total > 0 else (),
+        free_each=tuple(free) if len(free) > 1 else (),
         findings=findings,
     )
 
@@ -229,13 +227,7 @@ def _refusals(
 
 def _longest(shape: ModelShape, request: Request, device: Device, allowed: list[CachePair]) -> int:
     lengths = [
-        max_context(
-            shape,
-            launch_on(shape, request, device, pair, shape.n_ctx_train),
-            device.overheads,
-            device.n_gpus,
-            device.free_bytes,
-        )
+        longest(shape, device, launch_on(shape, request, device, pair, shape.n_ctx_train))
         for pair in allowed
     ]
     return max(lengths) or min(shape.n_ctx_train, FALLBACK_CTX)
@@ -249,6 +241,8 @@ def _judge(
         reason = chosen.reason or "chosen: the best quality that fits"
         if split:
             reason = "chosen: nothing allowed fits whole; best quality near the fastest split"
+            if candidate.launch.n_ubatch < min(MICRO_BATCHES[0], candidate.launch.n_batch):
+                reason += f", in micro-batches of {candidate.launch.n_ubatch} tokens"
     elif pair in refused:
         reason = refused[pair]
     elif not candidate.fits:

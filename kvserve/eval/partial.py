@@ -106,8 +106,10 @@ class Partial:
 
 
 def fingerprint(request: EvalRequest, key: str) -> str:
-    """Changes with everything that changes the answers of a unit; the pairs do not, nor does the
-    number of threads."""
-    load = msgspec.structs.replace(request.load, n_threads=0, n_threads_batch=0, extra_buffers=True)
+    """Changes with everything that changes the answers of a unit; the pairs do not, nor do the
+    number of threads and the GPUs' shares, which follow what is free."""
+    load = msgspec.structs.replace(
+        request.load, n_threads=0, n_threads_batch=0, extra_buffers=True, tensor_split=()
+    )
     bare = msgspec.structs.replace(request, load=load, pairs=(), done=())
     return hashlib.sha256(key.encode() + msgspec.json.encode(bare)).hexdigest()

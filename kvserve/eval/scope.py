@@ -111,6 +111,16 @@ def narrowed(
     return scope
 
 
+def shortened(scope: Scope, longest: int) -> Scope:
+    """The scope with the depths of at most `longest` tokens, or with that one where all are
+    deeper. A scope whose fewest tokens are more than that stays as it is."""
+    within = tuple(depth for depth in scope.depths if depth <= longest)
+    least = scope.n_prefill + scope.n_decode + FEWEST_PREFIX
+    if within == scope.depths or (not within and longest < least):
+        return scope
+    return replace(scope, depths=within or (longest,))
+
+
 def depths(text: str, flag: str) -> tuple[int, ...]:
     """Token counts by commas, as `8192,32K`, in rising order. Raises UsageError."""
     try:

@@ -32,7 +32,8 @@ from kvserve.supervisor.profiles import Profile, ProfileKey, Profiles
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is measured, and for whom. `settings` go into the profile, for people; `items` are what
-    the request's prompts were made of."""
+    the request's prompts were made of; `predicted` are decode speeds over f16's, by pair and depth,
+    that bandwidth alone would give."""
 
     request: EvalRequest
     environment: Mapping[str, str]
@@ -40,6 +41,7 @@ class Job:
     model_id: str
     settings: dict[str, str]
     items: Items = field(default_factory=dict)
+    predicted: Mapping[tuple[CachePair, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def run(
             _measure(job, partial, out, argv)
         except KeyboardInterrupt:
             return _outcome(job, partial, None, n_resumed)
-        quality = quality_of(partial.results, job.items)
+        quality = quality_of(partial.results, job)
         known = profiles.read(job.model_id, job.key)
         profile = Profile(
             key=job.key,
@@ -112,11 +114,11 @@ def _measure(job: Job, partial: Partial, out: TextIO, argv: tuple[str, ...]) -> 
 def _outcome(job: Job, partial: Partial, path: Path | None, n_resumed: int) -> Outcome:
     results = partial.results
     skipped = tuple(answer for answer in results if isinstance(answer, Skipped))
-    return Outcome(quality_of(results, job.items), skipped, path, n_resumed)
+    return Outcome(quality_of(results, job), skipped, path, n_resumed)
 
 
-def quality_of(results: list[Result], items: Items) -> Quality:
-    """All answers as rows; `items` are what the task prompts were made of."""
+def quality_of(results: list[Result], job: Job) -> Quality:
+    """All answers as rows."""
     scored = [answer for answer in results if isinstance(answer, Scored)]
     timed = [answer for answer in results if isinstance(answer, Timed)]
     texts: dict[tuple[str, CachePair], dict[int, str]] = {}
@@ -126,8 +128,12 @@ def quality_of(results: list[Result], items: Items) -> Quality:
             found[answer.index] = answer.text
     return Quality(
         losses=tuple(text_losses(scored)),
-        tasks=tuple(task_results(items, texts)),
-        speeds=tuple(
-            Speed(parse_pair(t.pair), t.depth, t.prefill_tps, t.decode_tps) for t in timed
-        ),
+        tasks=tuple(task_results(job.items, texts)),
+        speeds=tuple(_speed(answer, job) for answer in timed),
     )
+
+
+def _speed(timed: Timed, job: Job) -> Speed:
+    pair = parse_pair(timed.pair)
+    predicted = job.predicted.get((pair, timed.depth))
+    return Speed(pair, timed.depth, timed.prefill_tps, timed.decode_tps, predicted)

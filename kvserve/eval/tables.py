@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kvserve.core.loss import REFERENCE_PAIR, Quality, Speed, TaskResult, TextLoss
+from kvserve.core.speed import ARTICLE_TPS
 
 _MODES = ("prefill", "decode", "carried")
 
@@ -50,7 +51,15 @@ LOSS_COLUMNS = (
     "PPL ratio [95 %]",
 )
 TASK_COLUMNS = ("task", "K:V", "n", "f16 right", "right", "lost", "won", "p", "verdict")
-SPEED_COLUMNS = ("K:V", "depth", "prefill tok/s", "decode tok/s", "decode, f16 = 1")
+SPEED_COLUMNS = ("K:V", "depth", "prefill tok/s", "decode tok/s", "decode, f16 = 1", "by bandwidth")
+
+
+ARTICLE_NOTE = (
+    "published estimate by bandwidth, Llama-3-8B Q4_K_M at 32K on 272 GB/s: "
+    + ", ".join(f"{pair} {tps}" for pair, tps in ARTICLE_TPS.items())
+    + " tokens/s, f16 = 1: "
+    + ", ".join(f"{tps / ARTICLE_TPS['f16']:.2f}" for tps in ARTICLE_TPS.values())
+)
 
 
 def task_cells(row: TaskResult) -> tuple[str, ...]:
@@ -84,6 +93,7 @@ def speed_cells(row: Speed, speeds: Sequence[Speed]) -> tuple[str, ...]:
         f"{row.prefill_tps:.0f}",
         f"{row.decode_tps:.1f}",
         ratio,
+        "?" if row.predicted_ratio is None else f"{row.predicted_ratio:.2f}",
     )
 
 
@@ -120,7 +130,7 @@ def ordered_speeds(speeds: Sequence[Speed]) -> list[Speed]:
 
 def _speeds(speeds: Sequence[Speed]) -> str:
     rows = [speed_cells(row, speeds) for row in ordered_speeds(speeds)]
-    return aligned(SPEED_COLUMNS, rows, n_left=1)
+    return f"{aligned(SPEED_COLUMNS, rows, n_left=1)}\n{ARTICLE_NOTE}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_left: int) -> str:

@@ -13,6 +13,14 @@ REFERENCE = "f16:f16"
 computed in micro-batches of half the size, so that it shows what rounding alone does."""
 
 
+N_WARM_UP = 2
+"""Decode steps before those that are timed."""
+N_OUTPUTS = 128
+"""Tokens of a batch that is scored: the logits of one are 1 MiB with a vocabulary of 262,144."""
+MOST_STATE_BYTES = 2**30
+"""A larger sequence is not carried: its copy would take as much memory again."""
+
+
 class Reading(msgspec.Struct, frozen=True):
     """How a text is scored.
 
@@ -45,11 +53,23 @@ class Prompted(msgspec.Struct, frozen=True):
 
 
 class Pacing(msgspec.Struct, frozen=True):
-    """Which depths speed is measured at, and over how many tokens."""
+    """Which depths speed is measured at, and over how many tokens. `deepest` limits some pairs to
+    depths that fit, -1 for none of them."""
 
     depths: tuple[int, ...]
     n_prefill: int
     n_decode: int
+    deepest: dict[str, int] = {}
+
+    @property
+    def n_ctx(self) -> int:
+        """Cells that the deepest of all takes."""
+        return max(self.depths) + self.n_beside
+
+    @property
+    def n_beside(self) -> int:
+        """Cells that a measurement takes beside those of its depth."""
+        return self.n_prefill + self.n_decode + N_WARM_UP
 
 
 class EvalRequest(msgspec.Struct, frozen=True):

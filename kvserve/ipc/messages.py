@@ -9,13 +9,16 @@ from typing import Literal
 
 import msgspec
 
+from kvserve.dialects.form import Form
+
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """Base of all messages; the class name is the tag."""
 
 
-Speculate = Literal["off", "ngram"]
-"""Where proposed tokens come from: nowhere, or from the sequence's own text."""
+Speculate = Literal["off", "ngram", "draft"]
+"""Where proposed tokens come from: nowhere, the sequence's own text, or from a draft model where
+that has nothing."""
 
 
 class Load(Message, frozen=True):
@@ -26,7 +29,8 @@ class Load(Message, frozen=True):
     weights off (they trap on some virtual machines). `carried` are files with the sequences that
     an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
     conversations that have to leave the KV cache. `speculate` says where proposed tokens come
-    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence.
+    from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence. The file at
+    `draft_path` holds the draft model.
     """
 
     model_path: str
@@ -48,6 +52,7 @@ class Load(Message, frozen=True):
     speculate: Speculate = "off"
     n_draft: int = 0
     n_draft_each: int = 0
+    draft_path: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,12 +86,39 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that an earlier answer made. `arguments` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation, text only."""
+    """One turn of a conversation, text only. `tool_call_id` is the call that a `tool` message
+    answers; `reasoning` what the assistant had said to itself."""
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+
+
+class Tools(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The functions that an answer may call. `text` is the JSON text of OpenAI's `tools`.
+
+    `required` asks for a call, of the function `only` where that is given. Without `parallel`
+    there is one call at most. `strict` holds calls to their schemas, or refuses the request where
+    that cannot be done.
+    """
+
+    text: str
+    required: bool = False
+    only: str | None = None
+    parallel: bool = True
+    strict: bool = False
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
@@ -95,6 +127,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
     messages: tuple[ChatMessage, ...]
     template_kwargs: dict[str, bool | int | float | str] = {}
     continue_final: bool = False
+    tools: Tools | None = None
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -258,10 +291,12 @@ class LoadFailed(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
-    """A request was tokenized and has its place in the batch."""
+    """A request was tokenized and has its place in the batch. `form` says how the answer writes
+    reasoning and calls, None where it is plain text."""
 
     id: int
     n_prompt_tokens: int
+    form: Form | None = None
 
 
 class NeedsContext(Message, frozen=True):

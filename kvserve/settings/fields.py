@@ -81,6 +81,13 @@ class Settings(BaseModel):
         description="What becomes of a request whose task needs better KV types than any plan has: "
         "`serve` with a warning in a header, or `refuse` with 409.",
     )
+    reasoning_format: Annotated[
+        Literal["auto", "none"], BeforeValidator(values.choice("auto", "none"))
+    ] = Field(
+        "auto",
+        description="Where a model's reasoning goes: `auto` tells it as `reasoning_content`, "
+        "`none` leaves it in the text.",
+    )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
     )
@@ -99,11 +106,18 @@ class Settings(BaseModel):
         "Never above `batch`. `auto` is 512, or 256 or 128 where a better KV type fits with that.",
     )
     speculate: Annotated[
-        Literal["auto", "off", "ngram"], BeforeValidator(values.choice("auto", "off", "ngram"))
+        Literal["auto", "off", "ngram", "draft"],
+        BeforeValidator(values.choice("auto", "off", "ngram", "draft")),
     ] = Field(
         "auto",
-        description="Speculative decoding: `ngram` proposes what followed the last tokens where "
-        "the text had them before, as far as that is measured to pay; `auto` is `ngram`.",
+        description="Speculative decoding, as far as it is measured to pay: `ngram` proposes what "
+        "followed the last tokens where the text had them before, `draft` what `draft_model` "
+        "generates, where `ngram` has nothing; `auto` is `draft` with a draft model, else `ngram`.",
+    )
+    draft_model: values.TextOrNone = Field(
+        None,
+        description="Path of a GGUF file with a small model of the same vocabulary, for "
+        "speculative decoding.",
     )
     draft_max: Annotated[int, BeforeValidator(values.whole(1, 64))] = Field(
         8, description="Most tokens that speculation proposes for one request in a step, 1 to 64."
@@ -225,6 +239,19 @@ class Settings(BaseModel):
     def cache_bytes(self) -> int | None:
         """`cache_ram` in bytes; None for `auto`."""
         return None if self.cache_ram == "auto" else self.cache_ram
+
+    @property
+    def speculation(self) -> Literal["off", "ngram", "draft"]:
+        """Where proposed tokens come from, `auto` resolved. Raises UsageError for `draft` without a
+        model."""
+        if self.speculate == "draft" and self.draft_model is None:
+            raise UsageError(
+                "--speculate draft needs a model that drafts: add --draft-model FILE.gguf",
+                param="draft_model",
+            )
+        if self.speculate == "auto":
+            return "ngram" if self.draft_model is None else "draft"
+        return self.speculate
 
     @property
     def n_draft(self) -> int:

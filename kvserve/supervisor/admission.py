@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from kvserve.core.plan import Task
+from kvserve.dialects.form import Form
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import Generate, Grammar, Prompt, Sampling, TokenLogprobs
 
@@ -39,13 +40,15 @@ class GenerationSpec:
 @dataclass(frozen=True, slots=True)
 class Served:
     """The worker took the request up: the prompt's length, and the plan that serves it. `warning`
-    says what the request wanted of the plan and does not get."""
+    says what the request wanted of the plan and does not get; `form` how the answer writes
+    reasoning and calls, where it is not plain text."""
 
     n_prompt_tokens: int
     n_ctx: int
     cache_type: str
     fingerprint: str
     warning: str | None = None
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +190,6 @@ class WaitingLine:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
-
-    @property
-    def full(self) -> bool:
-        """Whether a new request must be refused."""
-        return len(self._jobs) >= self.limit
 
     def append(self, job: Job) -> None:
         """Put a new request at the end."""

@@ -85,7 +85,7 @@ class Callers(Situation):
             engine=self._history.engine,
             worker_pid=worker.pid if worker else None,
             n_waiting=self._requests.n_waiting,
-            n_running=len(self._requests.running),
+            n_running=self._requests.n_running,
             n_answered=self._requests.n_answered,
             n_failed=self._requests.n_failed,
             n_worker_deaths=self._history.n_worker_deaths,

@@ -14,7 +14,7 @@ import msgspec
 from kvserve.core.findings import Findings, doubtful
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Estimate, Launch, Memory, Plan
-from kvserve.ipc.measuring import MeasureAnswer, Measured, MeasureRequest
+from kvserve.ipc.measuring import DeviceBuffers, MeasureAnswer, Measured, MeasureRequest
 from kvserve.supervisor.loads import load_of, worker_environment
 from kvserve.supervisor.measurements import Measurements
 
@@ -78,7 +78,7 @@ class Oracle:
                 trouble = trouble or f"an answer makes no sense: {error}"
                 continue
             if isinstance(answer, Measured):
-                exact[launch] = _estimate(answer)
+                exact[launch] = _estimate(answer, len(launch.tensor_split))
             else:
                 refused[launch] = answer.reason
         n_left = len(launches) - len(exact) - len(refused)
@@ -135,18 +135,22 @@ def confirm(
     return plan
 
 
-def _estimate(measured: Measured) -> Estimate:
-    """The devices as the plan sees them: all GPUs together, and the host with its pinned memory
-    (`CUDA_Host`)."""
+def _estimate(measured: Measured, n_gpus: int) -> Estimate:
+    """The devices as the plan sees them: the GPUs, together and each (`CUDA0`, `CUDA1`), and the
+    host with its pinned memory (`CUDA_Host`)."""
     host = [b for b in measured.buffers if b.device == "CPU" or b.device.endswith("_Host")]
     gpus = [b for b in measured.buffers if b not in host]
-    gpu, rest = (
-        Memory(
-            kv_bytes=sum(b.kv_bytes for b in place),
-            recurrent_bytes=sum(b.recurrent_bytes for b in place),
-            compute_bytes=sum(b.compute_bytes for b in place),
-            output_bytes=sum(b.output_bytes for b in place),
-        )
-        for place in (gpus, host)
+    each = [[b for b in gpus if b.device.endswith(str(gpu))] for gpu in range(n_gpus)]
+    known = n_gpus > 1 and n_gpus <= 10 and sum(map(len, each)) == len(gpus)
+    return Estimate(
+        _together(gpus), _together(host), tuple(_together(b) for b in each) if known else ()
     )
-    return Estimate(gpu, rest)
+
+
+def _together(buffers: Sequence[DeviceBuffers]) -> Memory:
+    return Memory(
+        kv_bytes=sum(b.kv_bytes for b in buffers),
+        recurrent_bytes=sum(b.recurrent_bytes for b in buffers),
+        compute_bytes=sum(b.compute_bytes for b in buffers),
+        output_bytes=sum(b.output_bytes for b in buffers),
+    )

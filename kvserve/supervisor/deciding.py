@@ -48,7 +48,8 @@ class Machines:
 
 
 class Decider:
-    """Decides for one model and one standing request, of which only the context changes."""
+    """Decides for one model and one standing request, of which only the context changes. `quality`
+    gives what was measured, at each plan anew."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Decider:
         machines: Machines,
         calibration: Calibration,
         oracle: Asker | None = None,
-        quality: Quality = NOTHING_MEASURED,
+        quality: Callable[[], Quality] = lambda: NOTHING_MEASURED,
     ) -> None:
         self.shape = shape
         self.machines = machines
@@ -72,7 +73,7 @@ class Decider:
         is the last word."""
         launch = plan.chosen.launch
         request = replace(self._request, n_ctx=launch.n_ctx, also=task)
-        return why_below(launch.pair, self.shape, request, self._quality) is None
+        return why_below(launch.pair, self.shape, request, self._quality()) is None
 
     def decide(
         self,
@@ -146,7 +147,7 @@ class Decider:
             reserve += n_out_of_memory * _OUT_OF_MEMORY_STEP_BYTES
             request = replace(request, reserve_bytes=reserve)
         overheads = self.calibration.overheads(machine.gpus, machine.build, self.shape)
-        return select(self.shape, machine, request, overheads, findings, self._quality)
+        return select(self.shape, machine, request, overheads, findings, self._quality())
 
 
 def _with_returned(machine: Machine, request: Request, returning_bytes: int) -> Machine:

@@ -97,6 +97,7 @@ class Policy:
     serves_below_floor: bool = True
     speculate: Speculate = "off"
     n_draft_each: int = 0
+    draft_path: str | None = None
 
     def cache_limit(self, plan: Plan) -> int:
         """The host memory for what leaves the KV cache under a plan, in bytes."""
@@ -128,6 +129,7 @@ def load_message(attempt: Attempt, policy: Policy) -> Load:
         cache_ram_bytes=policy.cache_limit(attempt.plan),
         speculate=policy.speculate,
         n_draft_each=policy.n_draft_each,
+        draft_path=policy.draft_path,
     )
 
 

@@ -130,7 +130,13 @@ class Loads(Changes):
             state = replace(state, attempt=replace(state.attempt, carried=NOTHING))
         failure = load_failure(state, exit_)
         mended = same_plan_differently(state, exit_)
-        log.error("load failed", error=failure.message, mended=mended is not None)
+        ends_the_start = mended is None and not self.first_ready.done()
+        log.error(
+            "load failed",
+            error=failure.message,
+            mended=mended is not None,
+            file_only=ends_the_start,  # whoever starts the daemon is told by its last words
+        )
         self._observer.worker_died(f"loading: {exit_.cause}")
         if mended is not None:
             self._move(Event.LOST, Idle(mended, start_at=self._clock()))
@@ -155,7 +161,10 @@ class Loads(Changes):
             self._finish(attempt.change, failure.error or WorkerFailed(failure.message))
         if isinstance(following, GiveUp):
             error = following.error
-            log.error("giving up for now", error=error.message, retry_after=following.retry_after)
+            if ever_ready:  # the first load's error ends the daemon, which tells it
+                log.error(
+                    "giving up for now", error=error.message, retry_after=following.retry_after
+                )
             following.attempt.carried.close()
             attempt_later = replace(following.attempt, carried=NOTHING)
             self._move(Event.GIVE_UP, Failing(attempt_later, error, now + following.retry_after))

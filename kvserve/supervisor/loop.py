@@ -193,8 +193,7 @@ class Supervisor(Reloads):
         if not self._requests.running:
             self._heard_at = now
         plan = state.attempt.plan
-        # Twice the batch: the next prompts are tokenized before a place is free.
-        places = 2 * plan.chosen.launch.n_parallel
+        places = plan.chosen.launch.n_parallel
         self._requests.dispatch(state.worker, places, self._terms(plan, state.loaded.n_ctx))
         self._kill_if_hung(state.worker, now)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import msgspec
 import platformdirs
+import structlog
 
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.supervisor.building import library_mark
 from kvserve.whole_file import replace_file
+
+log = structlog.get_logger(__name__)
 
 FORMAT = 1
 
@@ -91,6 +94,42 @@ class Profiles:
         path = self.path(profile.model_id, profile.key)
         replace_file(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
         return path
+
+
+class ProfileWatch:
+    """One model's measurements, read again whenever its file has changed: what `kvserve eval`
+    writes beside a running daemon counts from the next plan on."""
+
+    def __init__(self, profiles: Profiles, model_id: str, key: ProfileKey) -> None:
+        self._profiles = profiles
+        self._model_id = model_id
+        self._key = key
+        self._path = profiles.path(model_id, key)
+        self._mark = self._identity()
+        self._known = profiles.read(model_id, key)
+
+    def read(self) -> Known:
+        """What there is to go by now. Never raises."""
+        mark = self._identity()
+        if mark != self._mark:
+            self._mark = mark
+            self._known = self._profiles.read(self._model_id, self._key)
+            log.info(
+                "measured quality read again",
+                profile=str(self._path),
+                n_losses=len(self._known.quality.losses),
+                n_speeds=len(self._known.quality.speeds),
+                refusal=self._known.refusal,
+            )
+        return self._known
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        """Changes when the file does: it is always replaced, never written in place."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def refusal(found: ProfileKey, wanted: ProfileKey) -> str | None:

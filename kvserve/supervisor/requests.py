@@ -69,12 +69,13 @@ class Requests:
         self.n_answered = 0
         self.n_failed = 0
         self.n_cells_used = 0
+        self._n_places = 0
         self.n_drafted = 0
         self.n_accepted = 0
 
     def admit(self, job: Job) -> None:
         """Put a new request in line, or refuse it where the line is full."""
-        if self.line.full:
+        if len(self.line) + self._n_ahead >= self.line.limit:
             self._fail(
                 job,
                 Overloaded(
@@ -86,13 +87,24 @@ class Requests:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that no worker has."""
-        return len(self.line) + len(self.parked)
+        """Requests without a place in a worker's batch."""
+        return len(self.line) + len(self.parked) + self._n_ahead
 
-    def dispatch(self, worker: Worker, limit: int, terms: Terms) -> None:
-        """Hand waiting requests to the worker until it has `limit`; park what asks for more than
-        its `terms`."""
-        while len(self.line) and len(self.running) < limit:
+    @property
+    def n_running(self) -> int:
+        """Requests with a place in the worker's batch."""
+        return len(self.running) - self._n_ahead
+
+    @property
+    def _n_ahead(self) -> int:
+        """Requests that the worker has beside those with a place."""
+        return max(0, len(self.running) - self._n_places)
+
+    def dispatch(self, worker: Worker, n_places: int, terms: Terms) -> None:
+        """Hand waiting requests to a worker of `n_places`, twice as many: the next prompts are
+        tokenized before a place is free. Park what asks for more than its `terms`."""
+        self._n_places = n_places
+        while len(self.line) and len(self.running) < 2 * n_places:
             job = self.line.pop()
             job.needs_ctx = max(job.needs_ctx, job.spec.min_ctx)
             task = None if job.below_floor is not None else job.spec.task
@@ -137,6 +149,7 @@ class Requests:
                     cache_type=cache_type,
                     fingerprint=fingerprint,
                     warning=job.below_floor,
+                    form=message.form,
                 )
             )
 

@@ -8,9 +8,11 @@ import time
 
 import msgspec
 
+from kvserve.dialects.form import Form, form_of
 from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import ChatPrompt
 from kvserve.worker import render_frames
+from kvserve.worker.conversation import template_messages, template_tools
 from kvserve.worker.render_frames import Answer, Render
 from kvserve.worker.templates import ChatTemplate
 
@@ -38,6 +40,7 @@ class ChatRenderer:
         self._template = template
         self._tokens = {"bos_token": bos_text, "eos_token": eos_text}
         self._render_s = render_s
+        self._form = form_of(template.source)
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._child: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -73,9 +76,10 @@ class ChatRenderer:
         """
         if len(self._template.source) > _MAX_TEMPLATE_CHARS:
             raise self._refusal(f"it is longer than {_MAX_TEMPLATE_CHARS} characters")
-        answer = self._ask(
-            Render(self._template.source, self._variables(prompt), _MAX_PROMPT_CHARS)
-        )
+        answer = self._ask(self._job(prompt))
+        if answer.text is None and any(message.tool_calls for message in prompt.messages):
+            # Some templates join a call's arguments to a text.
+            answer = self._ask_again(prompt, answer)
         if answer.text is None:
             raise self._refusal(answer.error or "it gave no text")
         if not prompt.continue_final:
@@ -94,22 +98,32 @@ class ChatRenderer:
             self._child.wait()
         self._sock = self._child = None
 
-    def _variables(self, prompt: ChatPrompt) -> dict[str, object]:
-        messages = [
-            {"role": message.role, "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in prompt.messages
-        ]
+    def form(self, prompt: ChatPrompt, text: str) -> Form | None:
+        """How the answer to `prompt`, rendered as `text`, writes reasoning and calls; None where
+        it writes neither."""
+        if not self._form.reasons and prompt.tools is None:
+            return None
+        if prompt.continue_final:
+            return self._form.going_on(prompt.messages[-1].content)
+        return self._form.after(text)
+
+    def _job(self, prompt: ChatPrompt, *, as_text: bool = False) -> Render:
+        messages = template_messages(prompt, self._form, as_text=as_text)
         if prompt.continue_final and messages:
             messages[-1]["content"] += _MARK
-        return {
+        variables: dict[str, object] = {
             **prompt.template_kwargs,
             **self._tokens,
             "messages": messages,
-            "tools": None,
+            "tools": template_tools(prompt, self._form),
             "documents": None,
             "add_generation_prompt": not prompt.continue_final,
         }
+        return Render(self._template.source, variables, _MAX_PROMPT_CHARS)
+
+    def _ask_again(self, prompt: ChatPrompt, first: Answer) -> Answer:
+        answer = self._ask(self._job(prompt, as_text=True))
+        return first if answer.text is None else answer
 
     def _ask(self, job: Render) -> Answer:
         """Ask the process; one that is gone is replaced, and the new one asked once more."""

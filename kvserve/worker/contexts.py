@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 
 from kvserve.core.cells import pad_context
 from kvserve.core.dtypes import parse_pair
+from kvserve.ipc.evaluating import N_OUTPUTS
 from kvserve.ipc.messages import Load
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.templates import choose
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
-
-MOST_OUTPUTS = 128
-"""Tokens of a batch that is scored: the logits of one are 1 MiB with a vocabulary of 262,144."""
 
 
 class Weights:
@@ -64,7 +62,7 @@ class Weights:
             n_seq_max=1,
             n_ubatch=max(1, n_ubatch // 2) if control else n_ubatch,
         )
-        opened = self._context.beside(load, min(MOST_OUTPUTS, load.n_batch))
+        opened = self._context.beside(load, min(N_OUTPUTS, load.n_batch))
         try:
             yield opened
         finally:
@@ -84,7 +82,7 @@ def read_tokens(context: Context, tokens: Tokens, start: int) -> None:
 def score_batched(context: Context, tokens: Tokens, start: int) -> Iterator[Logits]:
     """Read `tokens` in batches; yields the logits after each of them, as views that the next one
     may overwrite; shape (n_vocab,)."""
-    size = min(MOST_OUTPUTS, context.n_batch)
+    size = min(N_OUTPUTS, context.n_batch)
     batch = Batch(size)
     for begin in range(0, len(tokens), size):
         part = tokens[begin : begin + size]

@@ -13,7 +13,7 @@ from kvserve.ipc.messages import TokenLogprobs
 from kvserve.worker import together
 from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.sampling import Sampler
-from kvserve.worker.together import Plain, block_maxima
+from kvserve.worker.together import Candidates, Plain
 
 Rows = NDArray[np.float32]
 Drawn = list[tuple[int, TokenLogprobs | None]]
@@ -72,24 +72,21 @@ class Drawer:
         self, logits: Rows, wishes: list[Wish], plain: dict[int, Plain], drawn: list[Drawn]
     ) -> list[int]:
         """Draw the first token of all `plain` wishes; returns those whose draft goes on."""
-        places = list(plain)
+        places, settings = list(plain), list(plain.values())
         index = np.array([wishes[place].first for place in places])
-        maxima = np.empty((len(places), together.n_blocks(logits.shape[1])), dtype=np.float32)
+        parts: dict[int, Candidates] = {}
 
-        def prepare(start: int, mine: list[int]) -> None:
+        def find(start: int, mine: list[int]) -> None:
             for place in mine:
                 wishes[place].sampler.edit(logits[wishes[place].first])
-            first, n = wishes[mine[0]].first, len(mine)
-            if wishes[mine[-1]].first == first + n - 1:
-                block_maxima(logits[first : first + n], maxima[start : start + n])
-                return
-            for row, place in enumerate(mine, start):
-                first = wishes[place].first
-                block_maxima(logits[first : first + 1], maxima[row : row + 1])
+            end = start + len(mine)
+            parts[start] = together.candidates(logits, index[start:end], settings[start:end])
 
-        self._share(prepare, places)
+        self._share(find, places)
         numbers = [wishes[place].sampler.number() for place in places]
-        tokens = together.draw(logits, index, maxima, list(plain.values()), np.array(numbers))
+        starts = sorted(parts)
+        found = together.joined([parts[start] for start in starts], starts)
+        tokens = together.draw(found, settings, np.array(numbers))
         unfinished = []
         for place, number, token in zip(places, numbers, tokens.tolist(), strict=True):
             wish = wishes[place]

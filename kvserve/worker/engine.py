@@ -7,8 +7,6 @@ import os
 import queue
 import sys
 import time
-from dataclasses import dataclass, field
-from functools import partial
 
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
@@ -18,7 +16,6 @@ from kvserve.ipc.messages import (
     Echo,
     End,
     Failed,
-    FromWorker,
     Generate,
     NeedsContext,
     Pause,
@@ -29,45 +26,25 @@ from kvserve.ipc.messages import (
     TokenLogprobs,
     ToWorker,
 )
+from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.carrying import Blanks, Incoming, export, incoming_of, log_refusals
-from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
-from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
-from kvserve.worker.grammar import Constraint
-from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError
+from kvserve.worker.drawing import Drawer, Drawn, Wish
+from kvserve.worker.executor import Executor
+from kvserve.worker.job import Job
+from kvserve.worker.llama import CacheFull, Context, DecodeError
+from kvserve.worker.outbox import Outbox
 from kvserve.worker.pace import Pace
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
-from kvserve.worker.sampling import Sampler
-from kvserve.worker.scheduler import Batch as Plan
 from kvserve.worker.scheduler import Scheduler
-from kvserve.worker.scoring import PromptEcho
-from kvserve.worker.sequences import Generation
 from kvserve.worker.speculation.proposal import Ask
 from kvserve.worker.speculation.speculator import Draft, Outcome, Speculator
 
 _MOST_SAMPLING_THREADS = 8
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
-
-
-@dataclass(slots=True)
-class _Job:
-    id: int
-    generation: Generation
-    sampler: Sampler
-    n_logprobs: int | None = None
-    constraint: Constraint | None = None
-    echo: PromptEcho | None = None
-    started: bool = False
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-
-    @property
-    def broken(self) -> bool:
-        """Whether its grammar cannot be followed any further."""
-        return self.constraint is not None and self.constraint.error is not None
 
 
 class Engine:
@@ -90,7 +67,7 @@ class Engine:
         n_draft: int = 0,
     ) -> None:
         self._context = context
-        self._channel = channel
+        self._outbox = Outbox(channel, holds=context.asynchronous)
         self._inbox = inbox
         self._cache = PrefixCache(
             context.n_ctx,
@@ -99,19 +76,24 @@ class Engine:
             context.first_position,
             stores=cold_bytes > 0 and context.state_layout is not None,
         )
-        self._cold = ColdTier(context, self._cache, cold_bytes, self._change_memory)
+        n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
+        self._executor = Executor(
+            context,
+            Drawer(n_threads, context.vocab.piece),
+            store=lambda operation: self._cold.keep(operation),  # noqa: PLW0108 - not there yet
+            meanwhile=self._outbox.flush,
+        )
+        self._cold = ColdTier(context, self._cache, cold_bytes, self._executor.change_memory)
         self._scheduler = Scheduler(
             context.n_ctx, n_slots, context.n_batch, self._cache, n_draft, context.n_ubatch
         )
         self._speculator = speculator
         self._may_draft = True
         self._pace = Pace(context.n_batch)
-        self._batch = Batch(context.n_batch)
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._preparing: set[int] = set()
         self._paused = False
         self._blanks: Blanks | None = None
-        self._unsent: Step | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -120,8 +102,6 @@ class Engine:
             wanted=self._preparing.__contains__,
             deliver=inbox.put,
         )
-        n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
-        self._drawer = Drawer(n_threads, context.vocab.piece)
 
     def take_in(self, incoming: Incoming) -> CarryReport:
         """Bring what an earlier worker left into the cache, before the first request."""
@@ -149,7 +129,7 @@ class Engine:
                 pausing = self._blanks is not None
                 idle = self._paused or not (pausing or self._scheduler.has_work)
                 if idle:
-                    self._flush()
+                    self._outbox.flush()
                 self._handle(self._inbox.get(block=idle))
         except queue.Empty:
             return
@@ -166,7 +146,7 @@ class Engine:
                 self._admit(message)
             case Refused(id=request) if request in self._preparing:
                 self._preparing.discard(request)
-                self._send(message.answer)
+                self._outbox.send(message.answer)
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._forget(request)
@@ -175,7 +155,7 @@ class Engine:
                 self._blanks = Blanks(self._context, sequences, limit_bytes)
             case TakeIn():
                 incoming = incoming_of(message)
-                self._channel.send(TakenIn(self.take_in(incoming) if incoming else None))
+                self._outbox.send(TakenIn(self.take_in(incoming) if incoming else None))
             case Prepared() | Refused():
                 pass
             case _:
@@ -184,20 +164,13 @@ class Engine:
     def _pause(self, blanks: Blanks) -> None:
         self._paused, self._blanks = True, None
         self._cache.make_room(1)  # for the canaries
-        self._change_memory(self._cache.take_operations())
+        self._executor.change_memory(self._cache.take_operations())
         sequences = self._scheduler.sequences if blanks.limit_bytes else ()
-        self._flush()
-        self._channel.send(export(self._context, sequences, blanks, self._cache.shortest))
+        self._outbox.flush()
+        self._outbox.send(export(self._context, sequences, blanks, self._cache.shortest))
 
     def _admit(self, prepared: Prepared) -> None:
-        job = _Job(
-            prepared.id,
-            prepared.generation,
-            prepared.sampler,
-            prepared.n_logprobs,
-            prepared.constraint,
-            prepared.echo,
-        )
+        job = Job.of(prepared)
         generation, echo = job.generation, job.echo
         if generation.finish is None or (echo is not None and not echo.complete):
             self._jobs[job.id] = job
@@ -206,10 +179,10 @@ class Engine:
                 job.id, generation.buffer, generation.n_tokens, prepared.salt, n_to_score
             )
             return
-        self._send(Started(job.id, job.generation.n_prompt))
+        self._outbox.send(Started(job.id, job.generation.n_prompt, job.form))
         deltas = (Delta(job.id, prepared.late_text, ()),) if prepared.late_text else ()
         echoes = () if echo is None else (echo.message(),)
-        self._send_step(deltas, (_end(job, 0),), echoes=echoes)
+        self._send_step(deltas, (job.end(0),), echoes=echoes)
 
     def _forget(self, request: int, *, broken: bool = False) -> None:
         if self._jobs.pop(request, None) is not None:
@@ -223,43 +196,32 @@ class Engine:
         plan = self._scheduler.plan(
             self._pace.limit(self._scheduler.n_decoding), self._propose(asks)
         )
-        self._change_memory(plan.operations)
+        self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
             if not job.started:
                 job.started = True
-                self._send(Started(job.id, job.generation.n_prompt))
+                self._outbox.send(Started(job.id, job.generation.n_prompt, job.form))
         begun = time.monotonic()
         if not self._decode(plan):
             return
         self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         self._scheduler.commit(plan)
-        n_outputs = len(self._batch.outputs)
-        wishes: list[Wish] = []
-        drawn: list[Drawn] = []
-        if n_outputs:
-            logits = self._context.logits(n_outputs)
-            wishes = self._wishes(plan, logits)
-            drawn = self._drawer.draw(logits, wishes)
+        drawn = self._executor.draw(plan, self._jobs)
         echoes, ends = self._take_echoes(plan)
         outcomes = self._settle(plan)
         if self._speculator is not None:
             asked = {ask.id for ask in asks}
             decoded = {id_: one for id_, one in outcomes.items() if id_ in asked}
             self._speculator.observe(decoded, time.monotonic() - begun, plan.n_prefill)
-        self._deliver(plan, list(zip(wishes, drawn, strict=True)), echoes, ends, outcomes)
+        self._deliver(plan, drawn, echoes, ends, outcomes)
 
     def _asks(self) -> list[Ask]:
         """The requests that generate, and how many tokens beside the next one each may get."""
         if self._speculator is None:
             return []
-        asks = []
-        for request in self._scheduler.decoding:
-            generation = self._jobs[request].generation
-            n_left = generation.limits.max_tokens - generation.n_generated
-            n_most = min(n_left, self._context.n_ctx - generation.n_tokens) - 1
-            asks.append(Ask(request, generation.buffer, generation.n_tokens, n_most))
-        return asks
+        n_ctx = self._context.n_ctx
+        return [self._jobs[request].ask(n_ctx) for request in self._scheduler.decoding]
 
     def _propose(self, asks: list[Ask]) -> dict[int, Draft]:
         if self._speculator is None:
@@ -281,7 +243,7 @@ class Engine:
                 self._scheduler.settle(chunk, max(len(job.tokens) - 1, 0))
             if job.tokens:
                 outcomes[chunk.id] = Outcome(tuple(job.tokens), len(chunk.draft))
-        self._change_memory(self._cache.take_operations())
+        self._executor.change_memory(self._cache.take_operations())
         return outcomes
 
     def _deliver(
@@ -293,15 +255,14 @@ class Engine:
         outcomes: dict[int, Outcome],
     ) -> None:
         deltas, logprobs = [], []
-        outgrown: list[_Job] = []
-        refused: list[_Job] = []
+        outgrown: list[Job] = []
+        refused: list[Job] = []
         for wish, draws in drawn:
             job = self._jobs[wish.id]
             n_tokens = len(job.tokens)
             if n_tokens:
-                deltas.append(Delta(job.id, job.text, tuple(job.tokens)))
+                deltas.append(job.take_delta())
                 logprobs += [one for _, one in draws[:n_tokens] if one is not None]
-                job.text, job.tokens = "", []
             if job.broken:
                 refused.append(job)
             elif job.generation.finish is None:
@@ -309,7 +270,7 @@ class Engine:
                 if job.generation.n_tokens >= self._context.n_ctx:
                     outgrown.append(job)
             else:
-                ends.append(_end(job, self._scheduler.n_cached(job.id)))
+                ends.append(job.end(self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
         n_accepted = sum(len(one.drawn) - 1 for one in outcomes.values())
         self._send_step(
@@ -324,7 +285,7 @@ class Engine:
         for job in refused:
             self._refuse(job)
         for job in outgrown:
-            self._send(NeedsContext(job.id, job.generation.n_tokens))
+            self._outbox.send(NeedsContext(job.id, job.generation.n_tokens))
             self._forget(job.id)
 
     def _take_echoes(self, plan: Plan) -> tuple[tuple[Echo, ...], list[End]]:
@@ -338,41 +299,13 @@ class Engine:
             echoes.append(job.echo.message())
             job.echo = None
             if job.generation.finish is not None:
-                ends.append(_end(job, self._scheduler.n_cached(job.id)))
+                ends.append(job.end(self._scheduler.n_cached(job.id)))
                 self._forget(job.id)
         return tuple(echoes), ends
 
-    def _change_memory(self, operations: tuple[Operation, ...]) -> None:
-        context = self._context
-        for operation in operations:
-            match operation:
-                case Copy(source, target, n_tokens):
-                    context.copy_slot(source, target, n_tokens)
-                case Cut(slot, n_tokens):
-                    context.cut_slot(slot, n_tokens)
-                case Clear(slot):
-                    context.clear_slot(slot)
-                case Store():
-                    self._cold.keep(operation)
-
     def _decode(self, plan: Plan) -> bool:
-        batch = self._batch
-        batch.clear()
-        for chunk in plan.chunks:
-            tokens = self._jobs[chunk.id].generation.tokens
-            batch.add(
-                tokens[chunk.start : chunk.start + chunk.count],
-                chunk.start,
-                chunk.slot,
-                last=chunk.last,
-                scored=chunk.scored,
-            )
-            if chunk.draft:
-                batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
         try:
-            self._context.submit(batch)
-            self._flush()
-            self._context.wait()
+            self._executor.decode(plan, self._jobs)
         except CacheFull:
             self._make_room(plan)
             return False
@@ -392,38 +325,16 @@ class Engine:
     def _fail(self, plan: Plan, reason: str) -> None:
         for chunk in plan.chunks:
             self._forget(chunk.id, broken=True)
-            self._send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
+            self._outbox.send(Failed(chunk.id, "internal_error", f"decoding failed: {reason}"))
 
-    def _refuse(self, job: _Job) -> None:
+    def _refuse(self, job: Job) -> None:
         assert job.constraint is not None
         self._forget(job.id)
-        message = f"the grammar cannot be followed: {job.constraint.error}"
-        self._send(Failed(job.id, "invalid_request", message, "response_format"))
-
-    def _wishes(self, plan: Plan, logits: Rows) -> list[Wish]:
-        wishes, first = [], 0
-        for chunk in plan.chunks:
-            job, end = self._jobs[chunk.id], first + chunk.n_outputs
-            if chunk.scored and job.echo is not None:
-                job.echo.take(chunk.start, logits[first:end])
-            elif chunk.last:
-                accept = partial(self._accept, job)
-                wishes.append(Wish(job.id, first, job.sampler, accept, job.n_logprobs, chunk.draft))
-            first = end
-        return wishes
-
-    def _accept(self, job: _Job, token: int) -> bool:
-        """Add a token to a request's text, and tell whether it goes on; on any thread."""
-        if job.broken:
-            return False
-        vocab = self._context.vocab
-        generation = job.generation
-        text = generation.accept(token, vocab.piece(token), ends=vocab.ends(token))
-        if generation.finish is None and job.constraint is not None and job.constraint.complete:
-            text += generation.end()
-        job.text += text
-        job.tokens.append(token)
-        return generation.finish is None
+        message = (
+            "what the answer must look like became too complex to follow "
+            f"({job.constraint.error}): simplify the schema, expression or grammar"
+        )
+        self._outbox.send(Failed(job.id, "invalid_request", message, job.constrained_by))
 
     def _send_step(
         self,
@@ -436,40 +347,16 @@ class Engine:
         n_drafted: int = 0,
         n_accepted: int = 0,
     ) -> None:
-        """Send a step's answers: on a GPU only while it computes the next step."""
-        self._flush()
-        self._unsent = Step(
-            deltas,
-            ends,
-            n_prefilled,
-            self._cache.n_pinned,
-            self._cache.n_kept,
-            logprobs,
-            echoes,
-            n_drafted,
-            n_accepted,
+        self._outbox.send_step(
+            Step(
+                deltas,
+                ends,
+                n_prefilled,
+                self._cache.n_pinned,
+                self._cache.n_kept,
+                logprobs,
+                echoes,
+                n_drafted,
+                n_accepted,
+            )
         )
-        if not self._context.asynchronous:
-            self._flush()
-
-    def _send(self, message: FromWorker) -> None:
-        self._flush()
-        self._channel.send(message)
-
-    def _flush(self) -> None:
-        if self._unsent is not None:
-            step, self._unsent = self._unsent, None
-            self._channel.send(step)
-
-
-def _end(job: _Job, n_cached: int) -> End:
-    generation = job.generation
-    assert generation.finish is not None
-    return End(
-        job.id,
-        generation.finish.reason,
-        generation.n_prompt,
-        generation.n_generated,
-        min(n_cached, generation.n_prompt),
-        stop_text=generation.finish.stop_text,
-    )

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import msgspec
 
+from kvserve.dialects.form import Form
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Awake,
@@ -27,6 +28,7 @@ from kvserve.ipc.messages import (
     Delta,
     End,
     ExportedState,
+    FinishReason,
     Generate,
     Hello,
     Load,
@@ -62,7 +64,8 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `Loaded`), `take_in` (on `TakeIn`), `first_step` and `step:N` (instead of the N-th `Step`, from
     1). At its point the worker dies of `signal`, or hangs (reads on, answers nothing), or writes
     bytes that are no frame and then hangs. With `die_once_file` it dies only where that file is
-    missing, and creates it.
+    missing, and creates it. `answer` are the texts that all answers consist of, in place of words,
+    written in the `form`.
     """
 
     step_ms: float = 1.0
@@ -76,6 +79,8 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hang_at: str | None = None
     garbage_at: str | None = None
     ignore_pause: bool = False
+    answer: tuple[str, ...] = ()
+    form: Form | None = None
 
 
 class _Stream:
@@ -190,8 +195,11 @@ class FakeWorker:
             n_tokens = n_prompt + len(request.resume)
             self._channel.send(NeedsContext(request.id, n_tokens))
             return
-        self._channel.send(Started(request.id, n_prompt))
-        self._streams[request.id] = _Stream(request, n_prompt, self._n_ctx)
+        self._channel.send(Started(request.id, n_prompt, self._script.form))
+        stream = _Stream(request, n_prompt, self._n_ctx)
+        if self._script.answer:
+            stream.n_tokens = len(self._script.answer)
+        self._streams[request.id] = stream
 
     def _step(self) -> None:
         self._n_steps += 1
@@ -201,13 +209,17 @@ class FakeWorker:
         deltas, ends = [], []
         for stream in list(self._streams.values()):
             if stream.n_done < stream.n_tokens:
-                deltas.append(Delta(stream.id, f"w{stream.n_done} ", (stream.n_done,)))
+                deltas.append(Delta(stream.id, self._word(stream.n_done), (stream.n_done,)))
                 stream.n_done += 1
             if stream.n_done >= stream.n_tokens:
-                ends.append(End(stream.id, "length", stream.n_prompt, stream.n_done))
+                reason: FinishReason = "stop" if self._script.answer else "length"
+                ends.append(End(stream.id, reason, stream.n_prompt, stream.n_done))
                 del self._streams[stream.id]
         n_cells = sum(stream.n_prompt + stream.n_done for stream in self._streams.values())
         self._channel.send(Step(tuple(deltas), tuple(ends), 0, n_cells))
+
+    def _word(self, index: int) -> str:
+        return self._script.answer[index] if self._script.answer else f"w{index} "
 
     def _reach(self, point: str) -> None:
         script = self._script

@@ -6,25 +6,46 @@ The mask for the next token is computed on a thread while the model decodes the 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import get_bitmask_shape
 from numpy.typing import NDArray
 
+from kvserve.dialects.grammar import WHITESPACE
 from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import Grammar
+from kvserve.worker.grammar_errors import explain, field_of, shorten
 
 _MOST_CHARS = 256 * 1024
-_MOST_ERROR_CHARS = 300
 _MOST_KNOWN = 16
 _MASK_THREADS = 4
-_PARAM = "response_format"
 _ANY_OBJECT = '{"type":"object"}'
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
-"""Between JSON tokens. Without a bound, small models write blanks to the end of the context."""
 
 Row = NDArray[np.float32]
+
+
+class Constraining(Protocol):
+    """What a generation asks of its constraint; see Constraint."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but an end token could follow."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any further."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on by a token."""
+        ...
+
+    def apply(self, row: Row) -> None:
+        """Rule out the logits of tokens that may not follow."""
+        ...
 
 
 class Constraint:
@@ -61,7 +82,7 @@ class Constraint:
     def _look_ahead(self) -> None:
         # While the mask is computed, the matcher can be asked nothing.
         self.complete = self._matcher.is_stopped()
-        self.error = _shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+        self.error = shorten(self._matcher.get_error()) if self._matcher.is_error() else None
         self._forbidden = None if self.complete else self._executor.submit(self._compute)
 
     def _compute(self) -> NDArray[np.bool_]:
@@ -69,6 +90,9 @@ class Constraint:
         allowed = np.unpackbits(self._mask.view(np.uint8), count=self._n_vocab, bitorder="little")
         forbidden: NDArray[np.bool_] = allowed == 0
         return forbidden
+
+
+Starter = Callable[[Sequence[int]], Constraint]
 
 
 class GrammarCompiler:
@@ -84,36 +108,50 @@ class GrammarCompiler:
         self._executor = ThreadPoolExecutor(_MASK_THREADS, "mask")
         self._known: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
-    def compile(self, grammar: Grammar, resume: Sequence[int] = ()) -> Constraint:
+    def compile(
+        self, grammar: Grammar, resume: Sequence[int] = (), *, param: str | None = None
+    ) -> Constraint:
         """A constraint at its beginning, or after the tokens of `resume`.
 
-        Raises InvalidRequest, with llguidance's words, for what is no grammar or too large a one.
+        Raises InvalidRequest for `param`, the grammar's own field unless given, for what is no
+        grammar or too large a one.
+        """
+        param = param or field_of(grammar.kind)
+        constraint = self.starter(grammar, param=param)(resume)
+        if constraint.error is not None:
+            raise InvalidRequest(explain(grammar.kind, constraint.error), param=param)
+        return constraint
+
+    def starter(self, grammar: Grammar, *, param: str) -> Starter:
+        """What makes one constraint, after some tokens, at a later time and on any thread.
+
+        Raises as `compile`.
         """
         matcher = self._known.pop(grammar, None)
         if matcher is None:
-            matcher = self._parse(grammar)
+            matcher = self._parse(grammar, param)
         self._known[grammar] = matcher
         if len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
-        constraint = Constraint(matcher.deep_copy(), self._n_vocab, self._executor, resume)
-        if constraint.error is not None:
-            raise InvalidRequest(f"the grammar cannot go on: {constraint.error}", param=_PARAM)
-        return constraint
+        own = matcher.deep_copy()
+        return lambda resume: Constraint(own.deep_copy(), self._n_vocab, self._executor, resume)
 
-    def _parse(self, grammar: Grammar) -> LLMatcher:
+    def _parse(self, grammar: Grammar, param: str) -> LLMatcher:
         if len(grammar.text) > _MOST_CHARS:
-            raise InvalidRequest(f"the grammar is over {_MOST_CHARS} characters", param=_PARAM)
+            raise InvalidRequest(
+                f"this is over {_MOST_CHARS} characters: make it shorter, or offer fewer tools",
+                param=param,
+            )
         if self._tokenizer is None:
             self._tokenizer = self._build_tokenizer()
         limits = LLParserLimits(verbose_errors=False)
         try:
             text = _to_llguidance(grammar)
         except ValueError as error:
-            raise InvalidRequest(f"bad {grammar.kind}: {_shorten(error)}", param=_PARAM) from None
+            raise InvalidRequest(explain(grammar.kind, error), param=param) from None
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            problem = _shorten(matcher.get_error())
-            raise InvalidRequest(f"bad {grammar.kind}: {problem}", param=_PARAM)
+            raise InvalidRequest(explain(grammar.kind, matcher.get_error()), param=param)
         return matcher
 
 
@@ -130,9 +168,4 @@ def _to_llguidance(grammar: Grammar) -> str:
 
 
 def _from_schema(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
-
-
-def _shorten(problem: object) -> str:
-    text = " ".join(str(problem).split())
-    return text if len(text) <= _MOST_ERROR_CHARS else f"{text[:_MOST_ERROR_CHARS]}…"
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})

@@ -10,7 +10,6 @@ import sys
 import time
 
 import msgspec
-import numpy as np
 
 from kvserve.ipc.measuring import KernelTime
 from kvserve.ipc.messages import Load
@@ -36,7 +35,9 @@ def main() -> int:
 
 
 def _time(load: Load) -> KernelTime:
-    from kvserve.worker import llama  # noqa: PLC0415 - loads the library, checked above
+    # llama_cpp before numpy, see kvserve/worker/llama.py; it loads the library, checked above.
+    from kvserve.worker import llama  # noqa: PLC0415 # isort: skip
+    import numpy as np  # noqa: PLC0415
 
     log = LoadLog()
     llama.start_backend(log)

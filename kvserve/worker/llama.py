@@ -6,7 +6,7 @@ Nothing here keeps state of requests. Calls are not thread-safe unless their doc
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import llama_cpp  # isort: skip
 import numpy as np
 from numpy.typing import NDArray
 
+from kvserve.core.draft import MOST_VOCAB_DIFFERENCE
 from kvserve.core.dtypes import KvType
 from kvserve.ipc.messages import Load
 from kvserve.worker.carry.cache_log import CacheLog
@@ -43,6 +44,8 @@ _GGML_TYPES = {
 _NO_SLOT = 1
 _WARM_UP_TOKENS = 8
 _PIECE_BYTES = 64
+_FIRST_COMPARED = 5
+"""The special tokens before it may differ (SPEC_VOCAB_CHECK_START_TOKEN_ID in llama.cpp)."""
 _N_SPARE = 32
 """Sequence ids beside those of the context, for what is kept: a unified attention cache knows all
 LLAMA_MAX_SEQ of them, whatever `n_seq_max` says, and they cost no memory."""
@@ -109,6 +112,7 @@ class Vocab:
         self.bos: int | None = bos if 0 <= bos < self.n_tokens else None
         self.adds_bos: bool = ll.llama_vocab_get_add_bos(vocab) and self.bos is not None
         self._end_tokens: NDArray[np.int64] | None = None
+        self._shown: dict[int, bytes] = {}
 
     @property
     def bos_text(self) -> str:
@@ -150,6 +154,29 @@ class Vocab:
         )
         return tokenizer
 
+    def difference(self, draft: "Vocab") -> str | None:
+        """Why a draft model with this vocabulary cannot propose tokens of this one; None where it
+        can. The same conditions as common_speculative_are_compatible in llama.cpp's
+        common/speculative.cpp."""
+        if ll.llama_vocab_type(self._vocab) != ll.llama_vocab_type(draft._vocab):
+            return "its vocabulary is of another type"
+        for name, adds, token in (
+            ("begins", ll.llama_vocab_get_add_bos, ll.llama_vocab_bos),
+            ("ends", ll.llama_vocab_get_add_eos, ll.llama_vocab_eos),
+        ):
+            mine, its = (token(one) if adds(one) else None for one in (self._vocab, draft._vocab))
+            if mine != its:
+                return f"another token {name} its texts"
+        n_mine, n_its = self.n_tokens, draft.n_tokens
+        if abs(n_mine - n_its) > MOST_VOCAB_DIFFERENCE:
+            return f"it has {n_its} tokens, not {n_mine}"
+        for index in range(_FIRST_COMPARED, min(n_mine, n_its)):
+            mine, its = (ll.llama_vocab_get_text(one, index) for one in (self._vocab, draft._vocab))
+            if mine != its:
+                texts = [(text or b"").decode("utf-8", "replace") for text in (mine, its)]
+                return f"its token {index} is {texts[1]!r}, not {texts[0]!r}"
+        return None
+
     def ends(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         return bool(ll.llama_vocab_is_eog(self._vocab, token))
@@ -166,13 +193,37 @@ class Vocab:
         return tokens[:n].copy()
 
     def piece(self, token: int) -> bytes:
-        """The token's part of a text; empty for control tokens, maybe a part of a character."""
+        """The token's part of a text; empty for control tokens that are not shown, maybe a part of
+        a character."""
+        shown = self._shown.get(token)
+        if shown is not None:
+            return shown
         for size in (_PIECE_BYTES, 4096, 2**20):
             buffer = ctypes.create_string_buffer(size)
             n = ll.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
         return b""
+
+    def show(self, markers: Iterable[str]) -> None:
+        """Give those of `markers` that are control tokens a text in answers: their own."""
+        for text in markers:
+            token = self.special(text)
+            if token is not None and not self.ends(token):
+                self._shown[token] = text.encode()
+
+    def special(self, text: str) -> int | None:
+        """The token that `text` is, where llguidance takes that token for a special one."""
+        tokens = self.tokenize(text, add_special=False, parse_special=True)
+        if len(tokens) != 1:
+            return None
+        token = int(tokens[0])
+        kind = ll.llama_vocab_get_attr(self._vocab, token)
+        bracketed = text.startswith("<") and text.endswith(">")
+        is_special = kind & ll.LLAMA_TOKEN_ATTR_CONTROL or (
+            kind & ll.LLAMA_TOKEN_ATTR_USER_DEFINED and bracketed
+        )
+        return token if is_special else None
 
     def has(self, text: str) -> bool:
         """Whether `text` is one special token."""

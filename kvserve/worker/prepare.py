@@ -3,29 +3,35 @@
 Runs on a thread of its own, so that decoding never waits for a long prompt or a slow template.
 """
 
+import json
 import queue
+import re
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvserve.dialects.form import MARKERS, Form
 from kvserve.errors import InvalidRequest, KvserveError
-from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt
+from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt, Tools
+from kvserve.worker.calls import CallConstraints
 from kvserve.worker.chat import ChatRenderer
-from kvserve.worker.grammar import Constraint, GrammarCompiler
+from kvserve.worker.grammar import Constraining, GrammarCompiler
 from kvserve.worker.llama import Vocab
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.scoring import PromptEcho
 from kvserve.worker.sequences import Generation, Limits, Tokens
 
+_MARKERS = re.compile(f"({'|'.join(map(re.escape, MARKERS))})")
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request with its tokens. `late_text` is what its resumed tokens held back, where they
-    already end the answer."""
+    already end the answer, `constrained_by` the request's field that the constraint comes from."""
 
     id: int
     generation: Generation
@@ -33,8 +39,10 @@ class Prepared:
     late_text: str = ""
     salt: str = ""
     n_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraining | None = None
     echo: PromptEcho | None = None
+    form: Form | None = None
+    constrained_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,14 @@ class Preparer:
         self._wanted = wanted
         self._deliver = deliver
         self._grammars = GrammarCompiler(vocab.n_tokens, vocab.grammar_tokenizer)
+        self._calls = CallConstraints(
+            self._grammars,
+            mark=self._grammar_mark,
+            piece=vocab.piece,
+            tokens_of=lambda text: vocab.tokenize(
+                text, add_special=False, parse_special=False
+            ).tolist(),
+        )
         self._inbox: queue.SimpleQueue[Generate] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -99,7 +115,7 @@ class Preparer:
                 self._deliver(self.prepare(request))
 
     def _prepare(self, request: Generate) -> Prepared | Refused:
-        prompt = self._tokens(request)
+        prompt, form = self._tokens(request)
         self._check_ids(request.resume, "resume")
         self._check_ids(request.sampling.logit_bias, "logit_bias")
         # Without growth, what was generated already ends the answer where it fills the context.
@@ -118,11 +134,9 @@ class Preparer:
         vocab = self._vocab
         generation = Generation(prompt, limits)
         late_text = generation.replay(request.resume, vocab.piece, vocab.ends)
-        constraint = None
-        if request.grammar is not None:
-            constraint = self._grammars.compile(request.grammar, request.resume)
-            if constraint.complete and generation.finish is None:
-                late_text += generation.end()
+        constraint = self._constraint(request, form)
+        if constraint is not None and constraint.complete and generation.finish is None:
+            late_text += generation.end()
         bans_ends = request.ignore_eos or request.min_tokens > 0
         sampler = Sampler(
             request.sampling,
@@ -140,15 +154,38 @@ class Preparer:
             salt=request.cache_salt,
             n_logprobs=request.n_logprobs,
             constraint=constraint,
+            form=form,
+            constrained_by="response_format" if _tools(request) is None else "tools",
             echo=PromptEcho(request.id, prompt, request.n_logprobs, vocab.piece)
             if request.echo
             else None,
         )
 
-    def _tokens(self, request: Generate) -> Tokens:
-        prompt = request.prompt
+    def _constraint(self, request: Generate, form: Form | None) -> Constraining | None:
+        tools = _tools(request)
+        if tools is not None and form is not None:
+            return self._calls.make(tools, form, request.grammar, request.resume)
+        if request.grammar is not None:
+            return self._grammars.compile(request.grammar, request.resume)
+        return None
+
+    def _grammar_mark(self, text: str) -> str:
+        """Special tokens by their numbers, what stands between them as text."""
+        parts = [part for part in _MARKERS.split(text) if part]
+        tokens = [self._vocab.special(part) for part in parts]
+        return " ".join(
+            json.dumps(part, ensure_ascii=False) if token is None else f"<[{token}]>"
+            for part, token in zip(parts, tokens, strict=True)
+        )
+
+    def _tokens(self, request: Generate) -> tuple[Tokens, Form | None]:
+        prompt, form = request.prompt, None
         if isinstance(prompt, ChatPrompt):
             text = self._renderer.render(prompt)
+            form = self._renderer.form(prompt, text)
+            if form is not None and request.grammar is not None and prompt.tools is None:
+                # The grammar holds from the first token on: there is no room for reasoning.
+                form = replace(form, thinking=False)
             # Templates write BOS themselves or leave it to the tokenizer; twice confuses a model.
             bos = self._vocab.bos_text
             add_special = not (bos and text.startswith(bos))
@@ -162,7 +199,7 @@ class Preparer:
             tokens = np.array([self._vocab.bos], dtype=np.int32)
         if len(tokens) == 0:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        return tokens
+        return tokens, form
 
     def _check_ids(self, ids: tuple[int, ...] | dict[int, float], param: str) -> None:
         n_vocab = self._vocab.n_tokens
@@ -170,3 +207,7 @@ class Preparer:
             raise InvalidRequest(
                 f"{param} holds a token id outside 0 to {n_vocab - 1}", param=param
             )
+
+
+def _tools(request: Generate) -> Tools | None:
+    return request.prompt.tools if isinstance(request.prompt, ChatPrompt) else None

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvserve.core.dtypes import parse_pair
-from kvserve.ipc.evaluating import REFERENCE, EvalAnswer, Finished, Reading, Scored, Skipped
+from kvserve.ipc.evaluating import (
+    MOST_STATE_BYTES,
+    REFERENCE,
+    EvalAnswer,
+    Finished,
+    Reading,
+    Scored,
+    Skipped,
+)
 from kvserve.worker.carry.layout import forecast
 from kvserve.worker.carry.memory_file import ExportedState
 from kvserve.worker.carry.refusal import CannotCarry
@@ -26,9 +34,6 @@ from kvserve.worker.contexts import (
 from kvserve.worker.divergences import Row, Tally, compare, log_probs
 
 Emit = Callable[[EvalAnswer], None]
-
-MOST_STATE_BYTES = 2**30
-"""A larger sequence is not carried: its copy would take as much memory again."""
 
 
 @dataclass(frozen=True, slots=True)

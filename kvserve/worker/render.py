@@ -10,7 +10,7 @@ import json
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -94,8 +94,20 @@ def _tojson(
 ) -> str:
     """Plain JSON: Jinja's own filter escapes `<`, `>` and `&` for HTML."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=_listed,
     )
+
+
+def _listed(value: object) -> list[Any]:
+    """What filters such as `map` give, which Hugging Face's JSON refuses and llama.cpp's writes."""
+    if isinstance(value, Iterator):
+        return list(value)
+    raise TypeError(f"a {type(value).__name__} has no JSON")
 
 
 def main() -> None:

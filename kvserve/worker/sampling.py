@@ -31,7 +31,7 @@ from kvserve.worker.shortlist import (
 from kvserve.worker.together import Plain
 
 if TYPE_CHECKING:
-    from kvserve.worker.grammar import Constraint
+    from kvserve.worker.grammar import Constraining
     from kvserve.worker.sequences import Generation
 
 _RANDOM_SEED = 0xFFFFFFFF
@@ -69,7 +69,7 @@ class Sampler:
         forbidden: NDArray[np.int64],
         end_tokens: NDArray[np.int64],
         piece: Callable[[int], bytes],
-        constraint: "Constraint | None" = None,
+        constraint: "Constraining | None" = None,
     ) -> None:
         self._constraint = constraint
         self._generation = generation

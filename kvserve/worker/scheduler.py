@@ -12,106 +12,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvserve.worker.cell_rules import Operation
+from kvserve.worker.batches import Batch, Chunk
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
+from kvserve.worker.entries import Entry, chunk_of, share
 from kvserve.worker.prefix_cache import PrefixCache, Reuse
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `start` to `start + count` of request `id`, for sequence slot `slot`.
-
-    `last` says that these are the last tokens known, so the model's output is wanted. Of a chunk
-    that is `scored` the output of every token is wanted. After the one token of a generating
-    request comes `draft`: tokens that may follow, to be checked, whose outputs are wanted too.
-    """
-
-    id: int
-    slot: int
-    start: int
-    count: int
-    last: bool
-    scored: bool = False
-    draft: tuple[int, ...] = ()
-
-    @property
-    def n_outputs(self) -> int:
-        """Rows of logits that the chunk makes."""
-        return self.count if self.scored else int(self.last) + len(self.draft)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
-
-    `admitted` are the requests that have their place from now on, in the order of their arrival,
-    those that come back after they were `preempted` included.
-    """
-
-    chunks: tuple[Chunk, ...]
-    n_prefill: int = 0
-    admitted: tuple[int, ...] = ()
-    preempted: tuple[int, ...] = ()
-    operations: tuple[Operation, ...] = ()
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in the batch."""
-        return sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
-
-    @property
-    def n_drafted(self) -> int:
-        """Those of them that are drafts."""
-        return sum(len(chunk.draft) for chunk in self.chunks)
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A request. `tokens[:n_tokens]` are known. It has a `sequence` from its first chunk on;
-    until then it may wait for the `n_shared` first tokens that `leader` is about to decode. The
-    outputs of its first `n_to_score` tokens are wanted; those of `n_scored` were computed before
-    it was preempted."""
-
-    id: int
-    tokens: Tokens
-    n_tokens: int
-    salt: str
-    sequence: CachedSequence | None = None
-    leader: "_Entry | None" = None
-    n_shared: int = 0
-    n_cached: int | None = None
-    decoding: bool = False
-    n_to_score: int = 0
-    n_scored: int = 0
-
-    @property
-    def known(self) -> Tokens:
-        return self.tokens[: self.n_tokens]
-
-    @property
-    def reusable(self) -> Tokens:
-        """The tokens that a cached beginning may stand for, and one more."""
-        return self.known if self.all_scored else self.tokens[: self.n_scored + 1]
-
-    @property
-    def all_scored(self) -> bool:
-        return max(self.n_past, self.n_scored) >= self.n_to_score
-
-    @property
-    def n_past(self) -> int:
-        return self.sequence.n_cells if self.sequence is not None else 0
-
-    @property
-    def n_left(self) -> int:
-        return self.n_tokens - self.n_past
-
-    @property
-    def n_promised(self) -> int:
-        """Cells that its known tokens still need."""
-        return self.n_left - self.n_shared
 
 
 @dataclass(slots=True)
@@ -129,8 +36,8 @@ class Scheduler:
     cache: PrefixCache
     n_draft: int = 0
     n_ubatch: int = 0
-    _waiting: deque[_Entry] = field(default_factory=deque)
-    _running: list[_Entry] = field(default_factory=list)
+    _waiting: deque[Entry] = field(default_factory=deque)
+    _running: list[Entry] = field(default_factory=list)
     _closed: bool = False
 
     @property
@@ -163,7 +70,7 @@ class Scheduler:
         tokens, not the last known one, are wanted too."""
         if not 0 < n_tokens <= self.n_cells:
             raise ValueError(f"{n_tokens} tokens do not fit {self.n_cells} cells")
-        self._waiting.append(_Entry(request, tokens, n_tokens, salt, n_to_score=n_to_score))
+        self._waiting.append(Entry(request, tokens, n_tokens, salt, n_to_score=n_to_score))
 
     def n_cached(self, request: int) -> int:
         """Tokens of a running request that were in the cache when it was admitted first."""
@@ -230,14 +137,14 @@ class Scheduler:
         chunks, n_drafted = [], 0
         for entry in decoding:
             draft = (drafts or {}).get(entry.id, ())[: n_free - n_drafted]
-            chunks.append(_chunk(entry, 1, draft))
+            chunks.append(chunk_of(entry, 1, draft))
             n_drafted += len(draft)
         n_most = self.n_batch
         if n_drafted and not self.cache.rules.cuts_anywhere:
             n_most = min(n_most, self.n_ubatch)
         budget = min(max(n_prefill_max, 1), n_most - len(decoding) - n_drafted)
-        shares = _share(prefilling, budget, self._n_outputs_each())
-        chunks += [_chunk(entry, count) for entry, count in shares]
+        shares = share(prefilling, budget, self._n_outputs_each())
+        chunks += [chunk_of(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
         self.cache.make_room(len(decoding) + n_drafted + n_prefill)
         operations = self.cache.take_operations()
@@ -265,7 +172,7 @@ class Scheduler:
         self._preempt(broken=True)
         return True
 
-    def _find(self, request: int) -> _Entry:
+    def _find(self, request: int) -> Entry:
         for entry in self._running:
             if entry.id == request:
                 return entry
@@ -278,7 +185,7 @@ class Scheduler:
         self._waiting.appendleft(entry)
         return entry.id
 
-    def _leave_cache(self, entry: _Entry, *, broken: bool, wanted: bool = False) -> None:
+    def _leave_cache(self, entry: Entry, *, broken: bool, wanted: bool = False) -> None:
         if entry.sequence is not None:
             entry.n_scored = max(entry.n_scored, entry.n_past)
             if broken:
@@ -312,14 +219,14 @@ class Scheduler:
             admitted.append(entry.id)
         return tuple(admitted)
 
-    def _begin(self, entry: _Entry, reuse: Reuse | None) -> None:
+    def _begin(self, entry: Entry, reuse: Reuse | None) -> None:
         entry.sequence = self.cache.open(entry.tokens, entry.salt, reuse)
         if entry.n_cached is None:
             entry.n_cached = entry.sequence.n_cells
             if not entry.n_to_score:
                 self.cache.observe(entry.known, entry.salt, entry.n_cached)
 
-    def _follow(self, entry: _Entry, others: list[_Entry], reuse: Reuse | None) -> None:
+    def _follow(self, entry: Entry, others: list[Entry], reuse: Reuse | None) -> None:
         """Let a request wait for an older one that is decoding the same tokens just now, and share
         its cells then, where that saves more than what is cached already."""
         entry.leader, entry.n_shared = None, 0
@@ -368,35 +275,3 @@ class Scheduler:
         runs may want one."""
         n_scoring = sum(not entry.all_scored for entry in self._running)
         return (self.n_slots - len(self._running) + n_scoring) // max(n_scoring, 1)
-
-
-def _share(prefilling: list[_Entry], budget: int, n_outputs_each: int) -> list[tuple[_Entry, int]]:
-    """Half of the budget to the oldest, the rest to those with the fewest tokens left, so that a
-    short prompt passes a long one and a long one still moves. A chunk that is scored has
-    `n_outputs_each` tokens at most."""
-    if not prefilling or budget <= 0:
-        return []
-
-    def most(entry: _Entry) -> int:
-        if entry.all_scored:
-            return entry.n_left
-        return min(entry.n_to_score - entry.n_past, n_outputs_each)
-
-    oldest = prefilling[0]
-    first = min(most(oldest), -(-budget // 2))
-    left = budget - first
-    shares = []
-    for entry in sorted(prefilling[1:], key=lambda entry: entry.n_left):
-        count = min(most(entry), left)
-        if count:
-            shares.append((entry, count))
-        left -= count
-    first += min(most(oldest) - first, left)
-    return [(oldest, first), *shares]
-
-
-def _chunk(entry: _Entry, count: int, draft: tuple[int, ...] = ()) -> Chunk:
-    assert entry.sequence is not None
-    start = entry.n_past
-    last = start + count == entry.n_tokens
-    return Chunk(entry.id, entry.sequence.slot, start, count, last, not entry.all_scored, draft)

@@ -6,6 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec import structs
+
+from kvserve.core.dtypes import KvType
+from kvserve.dialects.form import MARKERS
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import Awake, Hello, Load, Loaded, LoadFailed, Progress, Transcode
 from kvserve.worker import llama
@@ -13,12 +17,16 @@ from kvserve.worker.carrying import Incoming, incoming_of
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.speculation.drafting import DraftProposer
+from kvserve.worker.speculation.either import EitherProposer
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.proposal import Proposer
 from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.templates import ChatTemplate, choose
 
 _PROGRESS_FRAMES = 20
+_DRAFT_BATCH = 512
+_ALL_LAYERS = 999
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,11 @@ def serve(
     begun = time.monotonic()
     try:
         model = _load(load, log, channel)
+        speculator, speculation = _speculation(load, model.context, log, make_speculator)
     except llama.LoadError as error:
         channel.send(LoadFailed(error.message, error.out_of_memory))
         return 1
     context = model.context
-    speculator, speculation = _speculation(load, context, make_speculator)
     engine = Engine(
         context,
         channel,
@@ -79,16 +87,46 @@ def serve(
 
 
 def _speculation(
-    load: Load, context: llama.Context, make: MakeSpeculator
+    load: Load, context: llama.Context, log: LoadLog, make: MakeSpeculator
 ) -> tuple[Speculator | None, str]:
-    """What proposes tokens, and its name, or why there is nothing."""
+    """What proposes tokens, and its name, or why there is nothing. Raises LoadError."""
     if load.speculate == "off":
         return None, "off"
     if (reason := context.cannot_take_back) is not None:
         return None, f"off: {reason}"
     if not load.n_draft:
         return None, "off: the plan has no room for it"
-    return make(LookupProposer(), load.n_draft_each, load.n_draft), load.speculate
+    proposer: Proposer = LookupProposer()
+    if load.speculate == "draft":
+        proposer = EitherProposer(proposer, _draft_proposer(load, context, log))
+    return make(proposer, load.n_draft_each, load.n_draft), load.speculate
+
+
+def _draft_proposer(load: Load, context: llama.Context, log: LoadLog) -> DraftProposer:
+    if load.draft_path is None:
+        raise llama.LoadError("there is no draft model to speculate with")
+    n_batch = min(load.n_batch, _DRAFT_BATCH)
+    small = structs.replace(
+        load,
+        model_path=load.draft_path,
+        type_k=KvType.F16,
+        type_v=KvType.F16,
+        n_batch=n_batch,
+        n_ubatch=n_batch,
+        n_gpu_layers=_ALL_LAYERS if load.n_gpu_layers else 0,
+        n_cpu_moe=0,
+        n_draft=0,
+    )
+    log.forget_errors()
+    try:
+        draft = llama.Context(small, log, lambda _share: None)
+    except llama.LoadError as error:
+        message = f"draft model: {error.message}"
+        raise llama.LoadError(message, out_of_memory=error.out_of_memory) from error
+    difference = context.vocab.difference(draft.vocab) or draft.cannot_take_back
+    if difference is not None:
+        raise llama.LoadError(f"the draft model does not suit the model: {difference}")
+    return DraftProposer(draft, context.vocab.n_tokens)
 
 
 def _wait_for_load(inbox: Inbox) -> tuple[Load, Incoming | None]:
@@ -120,6 +158,7 @@ def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:
     context = llama.Context(load, log, on_progress)
     log.close_load()
     vocab = context.vocab
+    vocab.show(MARKERS)
     template = choose(context.architecture, context.chat_template, vocab.has)
     renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
     renderer.start()

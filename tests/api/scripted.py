@@ -204,9 +204,13 @@ class Live:
 
 @contextmanager
 def live_server(
-    service: ScriptedService, config: ApiConfig = CONFIG, metrics: Metrics | None = None
+    service: ScriptedService,
+    config: ApiConfig = CONFIG,
+    metrics: Metrics | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
-    """The app under uvicorn on a port of its own, in a thread of its own."""
+    """The app under uvicorn on a port of its own, in a thread of its own; `options` are
+    uvicorn's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -214,6 +218,7 @@ def live_server(
                 log_level="critical",
                 lifespan="off",
                 timeout_graceful_shutdown=1,
+                **options,
             )
         )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

@@ -38,6 +38,7 @@ MEMORY = {
     "compute_bytes",
     "output_bytes",
     "runtime_bytes",
+    "draft_bytes",
     "total_bytes",
 }
 

@@ -14,9 +14,6 @@ UNSUPPORTED = [
     ({"grammar": "root ::= x"}, "grammar"),
     ({"guided_json": {}}, "guided_json"),
     ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
 ]
 
@@ -30,12 +27,21 @@ def test_unsupported_fields(send, fields, param):
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
 
+@pytest.mark.parametrize("fields", [{"tools": [{"type": "function"}]}, {"tool_choice": "required"}])
+def test_completions_call_nothing(fields):
+    error = complete(**fields).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", *fields)
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
         ({"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, "content[1]"),
         ({"content": [{"type": "input_audio"}]}, "content[0]"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        (
+            {"role": "assistant", "tool_calls": [{"type": "custom", "function": {}}]},
+            "tool_calls[0].type",
+        ),
     ],
 )
 def test_unsupported_messages(message, param):

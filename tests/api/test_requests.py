@@ -133,7 +133,7 @@ def test_roles_and_content():
         ChatMessage("user", "a\nb"),
         ChatMessage("assistant", ""),
         ChatMessage("assistant", "no"),
-        ChatMessage("tool", "42"),
+        ChatMessage("tool", "42", tool_call_id="x"),
         ChatMessage("user", "", "bob"),
     )
 
@@ -266,7 +266,8 @@ def test_harmless_fields_are_accepted(name):
 
 
 def test_tools_are_harmless_where_none_may_be_called():
-    assert spec_of(chat, tools=[{"type": "function"}], tool_choice="none") == spec_of(chat)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert spec_of(chat, tools=tools, tool_choice="none") == spec_of(chat)
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "default", "Meta-Llama-3-8B.Q4_K_M"])

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from kvserve.core.dtypes import parse_pair
-from kvserve.core.eval_room import Need, fits_whole, longest_context, place
-from kvserve.core.machine import Backend
+from kvserve.core.eval_room import Need, longest_context, place, whole_launch
+from kvserve.core.machine import Backend, Machine
 from kvserve.core.plan import Request, Task
 from kvserve.errors import DoesNotFit
 from kvserve.units import GIB
@@ -62,6 +62,16 @@ def test_where_not_even_the_weights_fit_no_context_does() -> None:
         place(llama3_8b(), host, ASKED, TWO)
 
 
+def test_what_comes_on_top_of_the_flag_is_taken_off_again() -> None:
+    need = Need(32768, flag="--depths", n_beside=578)
+    host = machine(None, host_gib=7.0)
+    longest = longest_context(llama3_8b(), host, ASKED, need)
+    with pytest.raises(DoesNotFit, match=f"--depths {longest - 578} fits") as caught:
+        place(llama3_8b(), host, ASKED, need)
+    assert caught.value.options == (f"--depths {longest - 578}",)
+    assert caught.value.param == "depths"
+
+
 def test_rows_and_copies_on_the_host_count() -> None:
     host = machine(None, host_gib=9.0)
     free = longest_context(llama3_8b(), host, ASKED, replace(TWO, n_ctx=32768))
@@ -71,6 +81,23 @@ def test_rows_and_copies_on_the_host_count() -> None:
 
 def test_pairs_that_fit_whole_are_told_from_those_that_do_not() -> None:
     box = machine(7.6)
-    whole = {p: fits_whole(llama3_8b(), box, ASKED, parse_pair(p), 32768) for p in ("f16", "q4_0")}
-    assert whole == {"f16": False, "q4_0": True}
-    assert fits_whole(llama3_8b(), box, ASKED, parse_pair("f16"), 8192)
+    whole = {
+        p: whole_launch(llama3_8b(), box, ASKED, parse_pair(p), 32768) for p in ("f16", "q4_0")
+    }
+    assert whole["f16"] is None
+    assert whole["q4_0"] is not None
+    assert whole["q4_0"].n_gpu_layers == 33
+    assert whole_launch(llama3_8b(), box, ASKED, parse_pair("f16"), 8192) is not None
+    few = replace(ASKED, n_gpu_layers=20)
+    asked = whole_launch(llama3_8b(), box, few, parse_pair("f16"), 32768)
+    assert asked is not None
+    assert asked.n_gpu_layers == 20
+
+
+@pytest.mark.parametrize("box", [machine(None, host_gib=24.0), machine(7.6)])
+def test_on_the_cpu_no_layers_are_asked_for(box: Machine) -> None:
+    asked = replace(ASKED, backend=Backend.CPU)
+    launch = whole_launch(llama3_8b(), box, asked, parse_pair("q8_0"), 8192)
+    assert launch is not None
+    assert (launch.backend, launch.n_gpu_layers) == (Backend.CPU, 0)
+    assert place(llama3_8b(), box, asked, TWO).backend is Backend.CPU

@@ -7,7 +7,7 @@ import pytest
 
 from kvserve.core.dtypes import parse_pair
 from kvserve.core.findings import NOTHING_FOUND, Findings, doubtful, likely
-from kvserve.core.memory import HOPPER_OVERHEADS, estimate
+from kvserve.core.memory import DEFAULT_OVERHEADS, HOPPER_OVERHEADS, estimate
 from kvserve.core.plan import Estimate, Launch, Plan, Request
 from kvserve.core.selector import select
 from kvserve.units import MIB
@@ -90,7 +90,7 @@ def test_a_split_plan_doubts_its_neighbours() -> None:
 
 
 def test_a_split_takes_one_more_layer_when_llama_cpp_says_that_it_fits() -> None:
-    shape, box, request = qwen25_32b(), machine(7.6), Request(n_ctx=8192)
+    shape, box, request = qwen25_32b(), machine(7.6), Request(n_ctx=8192, n_ubatch=512)
     first = select(shape, box, request).chosen.launch
     more = replace(first, n_gpu_layers=first.n_gpu_layers + 1)
     bill = estimate(shape, more, HOPPER_OVERHEADS, 1)
@@ -106,3 +106,24 @@ def test_reloads_are_foreseen_where_that_is_cheap(shape: object, *, some: bool) 
     assert bool(ahead) is some
     lengths = {launch.n_ctx for launch in ahead if launch.pair == first.chosen.launch.pair}
     assert lengths == ({2**n for n in range(11, 18)} if some else set())
+
+
+@pytest.mark.parametrize("off_mib", [-40, 0, 40])
+def test_the_longest_context_is_right_by_llama_cpps_figures_too(off_mib: int) -> None:
+    shape, box, request = llama3_8b(), machine(7.6), Request(n_ctx=None, n_ubatch=512)
+
+    def real(launch: Launch) -> int:
+        bill = estimate(shape, launch, DEFAULT_OVERHEADS, 1)
+        return bill.gpu.total_bytes + off_mib * MIB
+
+    findings = Findings()
+    for _ in range(4):
+        chosen = select(shape, box, request, findings=findings).chosen
+        if findings.knows(chosen.launch):
+            break
+        bill = estimate(shape, chosen.launch, DEFAULT_OVERHEADS, 1)
+        gpu = replace(bill.gpu, compute_bytes=bill.gpu.compute_bytes + off_mib * MIB)
+        findings = findings.joined(Findings({chosen.launch: replace(bill, gpu=gpu)}))
+    assert chosen.exact
+    assert real(chosen.launch) <= chosen.free_bytes
+    assert real(replace(chosen.launch, n_ctx=chosen.launch.n_ctx + 256)) > chosen.free_bytes

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.core.dtypes import LADDER, CachePair, KvType, parse_pair
@@ -193,3 +193,29 @@ def test_max_context_is_exact_to_256_tokens(
         assert fits(longest)
     if longest < shape.n_ctx_train:
         assert not fits(longest + 256)
+
+
+@given(
+    shape=st.sampled_from(
+        (plain(n_ctx_train=8192), plain(n_ctx_train=8192, window_every=6), llama3_8b())
+    ),
+    pair=st.sampled_from(LADDER),
+    share=st.floats(0.0, 1.0),
+    n_ubatch=st.sampled_from((128, 512)),
+    n_parallel=st.sampled_from((1, 4)),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_longest_context_is_exact_to_256_tokens(
+    shape: ModelShape, pair: CachePair, share: float, n_ubatch: int, n_parallel: int
+) -> None:
+    shape = replace(shape, n_ctx_train=8192)
+    trial = Launch(Backend.CUDA, pair, 256, n_parallel, 512, n_ubatch, shape.n_layer + 1)
+
+    def needed(n_ctx: int) -> int:
+        bill = estimate(shape, replace(trial, n_ctx=n_ctx), HOPPER_OVERHEADS, 1)
+        return bill.gpu.total_bytes
+
+    lengths = range(256, 8192 + 1, 256)
+    free = int(needed(256) - 1 + share * (needed(8192) - needed(256) + 2))
+    expected = max((n for n in lengths if needed(n) <= free), default=0)
+    assert max_context(shape, trial, HOPPER_OVERHEADS, 1, free) == expected

@@ -7,19 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.core.dtypes import LADDER, CachePair, parse_pair
-from kvserve.core.loss import NOTHING_MEASURED, Quality, Speed, TaskResult, TextLoss
+from kvserve.core.loss import NOTHING_MEASURED, Quality, Speed, TaskResult
 from kvserve.core.plan import Candidate, Plan, Request, Task
 from kvserve.core.selector import select
 from kvserve.errors import DoesNotFit, UsageError
+from tests.core.measured import NOISE, measured
 from tests.core.shapes import llama3_8b, machine, plain, qwen25_32b
 
 CTX = 8192
-NOISE = 0.004
-
-
-def measured(pair: str, kld: float, *, depth: int = 4096, mode: str = "prefill") -> TextLoss:
-    figures = (100, kld, 0.0, kld, kld, kld, 1 - kld, 0.0, 0.0, 9.0, 1.0, 1.0, 1.0)
-    return TextLoss(parse_pair(pair), mode, depth, *figures)  # type: ignore[arg-type]
 
 
 def quality(speeds: dict[str, float] | None = None, **klds: float) -> Quality:

@@ -5,7 +5,7 @@ import pytest
 from kvserve.core.dtypes import LADDER
 from kvserve.core.loss import REFERENCE_PAIR
 from kvserve.errors import UsageError
-from kvserve.eval.scope import FULL, NORMAL, QUICK, narrowed, preset
+from kvserve.eval.scope import FULL, NORMAL, QUICK, narrowed, preset, shortened
 
 
 def test_presets() -> None:
@@ -41,3 +41,11 @@ def test_depths_keep_to_the_model() -> None:
 def test_what_cannot_be_is_refused_by_its_flag(flags: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         narrowed(QUICK, n_ctx_train=8192, **flags)  # type: ignore[arg-type]
+
+
+def test_depths_without_room_are_left_out_or_shortened() -> None:
+    assert shortened(FULL, 40000) == FULL
+    assert shortened(FULL, 9000).depths == (8192,)
+    assert shortened(FULL, 4096).depths == (4096,)
+    # Too little for what is scored: the refusal is about the depths that were wanted.
+    assert shortened(FULL, 256) == FULL

@@ -30,10 +30,12 @@ def run_cli(*arguments: str, state_dir: Path, timeout: float = 60) -> subprocess
 class Daemon:
     """`kvserve start` in the foreground of a process, on a free port."""
 
-    def __init__(self, state_dir: Path, *arguments: str, **environ: str) -> None:
+    def __init__(
+        self, state_dir: Path, *arguments: str, module: str = "kvserve", **environ: str
+    ) -> None:
         self.state_dir = state_dir
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvserve", "start", "--port", "0", "--state-dir",
+            [sys.executable, "-m", module, "start", "--port", "0", "--state-dir",
              str(state_dir), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.daemons import Daemon
 from tests.models import write_model
 
 QUICK = ("--quick", "--ctx", "256", "--chunks", "1", "--seed", "5")
@@ -88,7 +89,11 @@ def test_speeds_join_the_same_profile(model: Path, home: Path) -> None:
         (pair, depth) for pair in ("f16:f16", "q4_0:q4_0") for depth in (0, 64, 128)
     ]
     [profile] = (home / "kvserve" / "profiles").glob("*.json")
+    # What bandwidth alone would give is told and kept beside what was measured.
+    assert {s["predicted_ratio"] for s in speeds if s["pair"] == "f16:f16"} == {1.0}
+    assert all(s["predicted_ratio"] > 1 for s in speeds if s["pair"] != "f16:f16" and s["depth"])
     kept = json.loads(profile.read_text())["quality"]
+    assert kept["speeds"][-1]["predicted_ratio"] == speeds[-1]["predicted_ratio"]
     assert len(kept["speeds"]) == 6
     assert kept["losses"]
 
@@ -142,3 +147,42 @@ def test_wrong_flags_are_one_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_without_room_nothing_is_loaded_and_the_options_are_named(
+    model: Path, home: Path, command: str
+) -> None:
+    flags = ("--quick",) if command == "eval" else ("--kv", "--cpu")
+    environment = os.environ | {"XDG_DATA_HOME": str(home), "KVSERVE_RESERVE": "9999GiB"}
+    done = subprocess.run(
+        argv(model, home, command, *flags),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "no context fits; or make room (`kvserve stop`)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_daemon_goes_by_what_is_measured_beside_it(model: Path, tmp_path: Path) -> None:
+    flags = ("--model", str(model), "--device", "cpu", "--ctx", "256", "--threads", "1")
+
+    def losses(daemon: Daemon) -> dict[str, dict[str, object]]:
+        found = daemon.get("/admin/plan?ctx=256").json()["candidates"]
+        return {f"{c['cache_type_k']}:{c['cache_type_v']}": c["loss"] for c in found}
+
+    with Daemon(tmp_path / "state", *flags, XDG_DATA_HOME=str(tmp_path)) as daemon:
+        before = losses(daemon)
+        assert not any(loss and loss["measured"] for loss in before.values())
+        done = kvserve(model, tmp_path, "eval", *QUICK, "--pairs", "q4_0", "--json")
+        assert done.returncode == 0, done.stderr
+        after = losses(daemon)
+        assert {pair for pair, loss in after.items() if loss and loss["measured"]} == {
+            "f16:f16",
+            "q4_0:q4_0",
+        }
+        assert daemon.status()["worker_deaths"] == 0

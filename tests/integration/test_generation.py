@@ -112,7 +112,7 @@ def test_expressions_and_grammars(chat) -> None:
 def test_a_bad_grammar_names_its_field(chat) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(response_format={"type": "regex", "regex": "[a-z"})
-    assert caught.value.param == "response_format"
+    assert caught.value.param == "response_format.regex"
 
 
 def test_choices(chat, complete) -> None:
@@ -205,7 +205,7 @@ def test_dry_ends_a_loop(complete) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
         ({"top_logprobs": 2}, "top_logprobs"),
     ],
 )

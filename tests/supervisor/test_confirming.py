@@ -147,6 +147,15 @@ def test_devices_are_summed_as_the_plan_sees_them(tmp_path: Path) -> None:
     assert oracle.findings.exact[OTHER].gpu.kv_bytes == 8193
 
 
+def test_several_gpus_are_told_apart(tmp_path: Path) -> None:
+    launch = replace(LAUNCH, tensor_split=(17.0, 16.0))
+    oracle = oracle_that(tmp_path, ANSWER)
+    oracle.ask([launch])
+    each = oracle.findings.exact[launch].each
+    assert each == (Memory(kv_bytes=32768, compute_bytes=7), Memory(kv_bytes=1))
+    assert oracle_that(tmp_path, "sys.exit(9)").findings.exact[launch].each == each
+
+
 def test_answers_are_kept_for_the_next_daemon_and_not_asked_again(tmp_path: Path) -> None:
     oracle_that(tmp_path, ANSWER).ask([LAUNCH])
     again = oracle_that(tmp_path, "sys.exit(9)")

@@ -490,7 +490,8 @@ def test_given_up_requests_leave_their_place() -> None:
         await stage.settle()
         assert [c.id for c in worker.of_kind(Cancel)] == [callers[0].id]
         assert worker.of_kind(Generate)[-1].id == callers[8].id
-        assert stage.supervisor.status().n_waiting == 0
+        status = stage.supervisor.status()
+        assert (status.n_running, status.n_waiting) == (4, 4)
         worker.answer(callers[0].id, 1)
         await stage.settle()
         assert callers[0].text == ""
@@ -514,6 +515,19 @@ def test_a_full_line_refuses_and_time_that_is_up_fails() -> None:
         assert {c.id for c in worker.of_kind(Cancel)} == {callers[0].id, callers[1].id}
         await stage.end()
         assert [caller.n_ends for caller in callers] == [1, 1, 1]
+
+    play(story)
+
+
+def test_places_and_the_line_are_told_and_limited_as_they_are() -> None:
+    async def story() -> None:
+        stage = Stage(queue_limit=5)
+        await stage.serving()
+        callers = [await stage.submit() for _ in range(10)]
+        assert [caller.error is None for caller in callers] == [True] * 9 + [False]
+        status = stage.supervisor.status()
+        assert (status.n_running, status.n_waiting) == (4, 5)
+        await stage.end()
 
     play(story)
 

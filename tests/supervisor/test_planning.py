@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kvserve.core.loss import NOTHING_MEASURED
 from kvserve.core.machine import Build, Gpu, Host
 from kvserve.core.memory import DEFAULT_OVERHEADS, prior_overheads
-from kvserve.core.plan import Plan, Request
+from kvserve.core.plan import Plan, Request, Task
 from kvserve.core.selector import MIN_RESERVE_BYTES, default_reserve
 from kvserve.core.shape import ModelShape
 from kvserve.ipc.messages import Loaded, MemoryReport
@@ -17,6 +18,7 @@ from kvserve.supervisor.calibration import GROWTH_BYTES, Calibration
 from kvserve.supervisor.deciding import Decider, Machines
 from kvserve.supervisor.planning import MachinePlanner
 from kvserve.units import GIB, MIB
+from tests.core.measured import measured_alike
 from tests.core.shapes import llama3_8b, machine, plain
 
 LOADED = Loaded(
@@ -220,3 +222,24 @@ def test_the_calibration_file_is_plain_json(tmp_path: Path) -> None:
     assert calibration.learn(box.box.gpus[0], box.box.build, llama3_8b(), 300 * MIB)
     known = json.loads((tmp_path / "c.json").read_text())
     assert known == {"GPU-0 0.3.36 llama": 300 * MIB + GROWTH_BYTES}
+
+
+def test_quality_that_is_measured_later_counts_at_the_next_plan(tmp_path: Path) -> None:
+    box = Box(70.0)
+    known = [NOTHING_MEASURED]
+    machines = Machines(box.box.build, read_gpus=box.read_gpus, read_host=box.read_host)
+    decider = Decider(
+        llama3_8b(),
+        Request(n_ctx=8192, task=Task.MATH),
+        machines,
+        Calibration(tmp_path / "calibration.json"),
+        quality=lambda: known[0],
+    )
+    planner = MachinePlanner(decider)
+    before = asyncio.run(planner.plan(8192))
+    assert str(before.chosen.launch.pair) == "f16:f16"
+    assert planner.allows(before, Task.MATH)
+    known[0] = measured_alike("f16", "q8_0")
+    after = asyncio.run(planner.plan(8192))
+    assert str(after.chosen.launch.pair) == "q8_0:q8_0"
+    assert planner.allows(after, Task.MATH)

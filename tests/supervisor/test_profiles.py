@@ -7,7 +7,7 @@ import pytest
 
 from kvserve.core.dtypes import parse_pair
 from kvserve.core.loss import Quality, Speed
-from kvserve.supervisor.profiles import Profile, ProfileKey, Profiles
+from kvserve.supervisor.profiles import Profile, ProfileKey, Profiles, ProfileWatch
 
 KEY = ProfileKey("identity", "0.3.36 abc", "cpu")
 QUALITY = Quality(speeds=(Speed(parse_pair("q8_0:q4_0"), 0, 100.0, 10.0),))
@@ -56,3 +56,28 @@ def test_a_broken_file_is_none(tmp_path: Path) -> None:
     profiles = Profiles(tmp_path)
     profiles.write(PROFILE).write_text("{")
     assert profiles.read("some model/Q4", KEY).quality == Quality()
+
+
+def test_a_watch_sees_what_is_written_later_and_what_is_taken_away(tmp_path: Path) -> None:
+    profiles = Profiles(tmp_path)
+    watch = ProfileWatch(profiles, "some model/Q4", KEY)
+    assert watch.read().quality == Quality()
+    path = profiles.write(PROFILE)
+    assert watch.read().quality == QUALITY
+    assert watch.read() is watch.read()
+    more = Quality(speeds=(Speed(parse_pair("q8_0:q4_0"), 0, 100.0, 99.0),))
+    profiles.write(replace(PROFILE, quality=more))
+    assert watch.read().quality == more
+    path.unlink()
+    assert watch.read().quality == Quality()
+
+
+def test_a_watch_tells_why_another_builds_profile_does_not_count(tmp_path: Path) -> None:
+    profiles = Profiles(tmp_path)
+    watch = ProfileWatch(profiles, "some model/Q4", KEY)
+    other = replace(PROFILE, key=replace(KEY, build="0.3.37 def"))
+    profiles.write(other).rename(profiles.path("some model/Q4", KEY))
+    known = watch.read()
+    assert known.quality == Quality()
+    assert known.refusal is not None
+    assert "another llama.cpp build" in known.refusal

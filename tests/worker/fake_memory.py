@@ -3,9 +3,10 @@
 import random
 from dataclasses import dataclass, field
 
+from kvserve.worker.batches import Batch
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules, Store
 from kvserve.worker.prefix_cache import PrefixCache
-from kvserve.worker.scheduler import Batch, Scheduler
+from kvserve.worker.scheduler import Scheduler
 
 PLAIN = Rules(n_spare=3)
 WINDOW = Rules(n_window=4, shares=False)

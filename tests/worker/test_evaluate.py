@@ -18,6 +18,7 @@ from kvserve.ipc.evaluating import (
     Prompted,
     Reading,
     Scored,
+    Skipped,
     Timed,
 )
 from kvserve.ipc.messages import Load
@@ -122,3 +123,22 @@ def test_speed_is_told_at_each_depth(model: Path) -> None:
     timed = [answer for answer in answers if isinstance(answer, Timed)]
     assert [(t.pair, t.depth) for t in timed] == [(p, d) for p in PAIRS for d in (0, 128)]
     assert all(t.prefill_tps > 0 and t.decode_tps > 0 for t in timed)
+
+
+def test_closer_depths_go_back_to_where_they_were(model: Path) -> None:
+    timed = [a for a in ask(model, pacing=Pacing((0, 8, 16), 32, 4)) if isinstance(a, Timed)]
+    assert [t.depth for t in timed] == [0, 8, 16] * len(PAIRS)
+
+
+def test_a_pair_is_timed_as_deep_as_it_fits(model: Path) -> None:
+    pacing = Pacing((0, 128), 32, 4, deepest={"f16:f16": -1, "q8_0:q8_0": 0})
+    answers = ask(model, pacing=pacing)
+    timed = [(a.pair, a.depth) for a in answers if isinstance(a, Timed)]
+    assert timed == [("q8_0:q8_0", 0), ("q4_0:q4_0", 0), ("q4_0:q4_0", 128)]
+    skipped = [(a.unit, a.what) for a in answers if isinstance(a, Skipped)]
+    assert skipped == [
+        ("speed/f16:f16", "depth 0"),
+        ("speed/f16:f16", "depth 128"),
+        ("speed/q8_0:q8_0", "depth 128"),
+    ]
+    assert [a.unit for a in answers if isinstance(a, Finished)] == [f"speed/{p}" for p in PAIRS]

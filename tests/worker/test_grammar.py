@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from llguidance import LLTokenizer
 
+from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import (
     ChatMessage,
     ChatPrompt,
@@ -14,6 +16,8 @@ from kvserve.ipc.messages import (
     Loaded,
     Sampling,
 )
+from kvserve.worker.grammar import GrammarCompiler
+from kvserve.worker.grammar_errors import explain, field_of
 from tests.worker.conftest import Peer
 
 SCHEMA = {
@@ -115,8 +119,40 @@ def test_a_resumed_answer_goes_on_in_its_grammar(worker: Peer) -> None:
 def test_what_is_no_grammar_is_refused(worker: Peer, grammar: Grammar) -> None:
     refused = worker.complete(ASK, grammar=grammar, max_tokens=4).refusal
     assert isinstance(refused, Failed)
-    assert (refused.code, refused.param) == ("invalid_request", "response_format")
+    assert (refused.code, refused.param) == ("invalid_request", field_of(grammar.kind))
     assert len(refused.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        (Grammar("json_schema", '{"type": "x"}'), '"x" is no type: use string'),
+        (Grammar("json_schema", '{"not": {}}'), 'it uses "not", which is not supported here'),
+        (Grammar("json_schema", '{"type": "string", "format": "z"}'), 'the format "z" is unknown'),
+        (Grammar("json_schema", '{"$ref": "http://a"}'), "which is not fetched: put it under"),
+        (
+            Grammar("json_schema", '{"type": "integer", "minimum": 5, "maximum": 1}'),
+            "no value fits it, minimum (5) is greater than maximum (1)",
+        ),
+        (
+            Grammar("json_schema", '{"type": "string", "pattern": "("}'),
+            "unclosed group: correct the expression",
+        ),
+        (Grammar("regex", "(?=a)b"), "look-behind, is not supported: correct the expression"),
+        (Grammar("regex", "a{2,1}"), "the start must be <= the end: correct"),
+        (Grammar("lark", "start: foo"), 'read: line 1, column 8: unknown name: "foo"'),
+        (Grammar("lark", "x: 1"), "read: line 1, column 4: Expected value"),
+    ],
+)
+def test_refusals_say_what_is_wrong_and_what_helps(grammar: Grammar, says: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        GrammarCompiler(262, lambda: LLTokenizer("byte")).compile(grammar)
+    assert says in caught.value.message
+    assert caught.value.param == field_of(grammar.kind)
+
+
+def test_other_words_are_passed_on_in_short() -> None:
+    assert explain("lark", "odd\n" + "x" * 999).startswith("the grammar cannot be read: odd xx")
 
 
 def test_schemas_that_killed_other_engines_are_answered(worker: Peer) -> None:
@@ -126,7 +162,7 @@ def test_schemas_that_killed_other_engines_are_answered(worker: Peer) -> None:
 
 def test_resumed_tokens_that_break_the_grammar_are_refused(worker: Peer) -> None:
     refused = worker.complete(ASK, grammar=JSON, resume=(5, 6)).refusal
-    assert refused.param == "response_format"
+    assert refused.param == "response_format.json_schema.schema"
 
 
 def test_logprobs_are_those_of_the_model_not_of_the_grammar(worker: Peer) -> None:

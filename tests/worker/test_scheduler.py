@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvserve.worker.batches import Chunk
 from kvserve.worker.pace import Pace
-from kvserve.worker.scheduler import Chunk, Scheduler
+from kvserve.worker.scheduler import Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
 TEXTS = ([1] * 200, [1] * 5 + [2] * 195, [1, 2] * 100, list(range(200)))

@@ -14,6 +14,7 @@ from kvserve.ipc.messages import (
     Grammar,
     Load,
     Loaded,
+    LoadFailed,
     Pause,
     Paused,
     Sampling,
@@ -35,6 +36,11 @@ from kvserve.worker.speculation.speculator import Speculator
 class Eager(Speculator):
     '''Has every proposal checked, spoilt at its second or third token every other time.'''
 
+    def __init__(self, proposer, *bounds):
+        super().__init__(proposer, *bounds)
+        if proposer.batched:  # random weights are sure of nothing
+            proposer.second.least_likely = 0.0
+
     def _choose(self, asks):
         drafts, left = {}, self._n_all
         for request, proposal in self._proposals.items():
@@ -45,9 +51,9 @@ class Eager(Speculator):
             left -= len(drafts[request])
         return drafts
 
-    def _look(self, asks, begun):
+    def propose(self, asks):
         self._ledger.balance_seconds = 1e9
-        super()._look(asks, begun)
+        return super().propose(asks)
 
 channel = WorkerChannel(socket.socket(fileno=int(sys.argv[1])))
 inbox = queue.SimpleQueue()
@@ -81,6 +87,11 @@ ASKS: dict[str, tuple[Sampling, dict[str, object]]] = {
     "list": (GREEDY, {"grammar": Grammar("regex", "(abc, ){30}")}),
     **{name: (one, {}) for name, one in SETTINGS.items()},
     "cold": (Sampling(seed=4, temperature=0.05), {}),
+    # A real draw among three at every step, which rounding does not decide.
+    "coin": (
+        Sampling(temperature=8.0, seed=11, logit_bias=dict.fromkeys((70, 71, 72), 100.0)),
+        {},
+    ),
 }
 
 
@@ -110,10 +121,10 @@ def start(workers: Workers, load_message: Callable[..., Load], models: dict[str,
     return begin
 
 
-def ask(peer: Peer, name: str, seed: int = 1, **more: object) -> int:
+def ask(peer: Peer, name: str, seed: int = 1, n_ask: int = 90, **more: object) -> int:
     sampling, fields = ASKS[name]
     usual = {"max_tokens": N_ANSWER, "ignore_eos": True}
-    return peer.ask(repetitive(seed), sampling, **(usual | fields | more))
+    return peer.ask(repetitive(seed, n_ask), sampling, **(usual | fields | more))
 
 
 def gist(answer: Answer) -> object:
@@ -147,10 +158,9 @@ def test_every_kind_of_request_gets_the_same_answer(start: Start) -> None:
 def test_a_window_keeps_what_it_needs(start: Start) -> None:
     """Every answer is longer than the window of 64 tokens, and prompts arrive meanwhile."""
     plain, eager = (start("gemma3", eager=eager, n_ctx=1024) for eager in (False, True))
-    names = ("greedy", "top-k", "cold", "greedy, penalties")
     answers = []
     for peer in (plain, eager):
-        asked = [ask(peer, names[n % 4], seed=n, max_tokens=150) for n in range(10)]
+        asked = [ask(peer, "coin", seed=n, max_tokens=150) for n in range(10)]
         answers.append([gist(answer) for answer in peer.finish(*asked)])
     assert answers[0] == answers[1]
     n_drafted, n_accepted = counts(eager)
@@ -163,7 +173,7 @@ def test_small_micro_batches_of_a_window(start: Start) -> None:
     plain, eager = (start("gemma3", eager=eager, **fields) for eager in (False, True))
     answers = []
     for peer in (plain, eager):
-        asked = [ask(peer, "greedy", seed=n, max_tokens=120) for n in range(10)]
+        asked = [ask(peer, "coin", seed=n, max_tokens=120) for n in range(10)]
         answers.append([gist(answer) for answer in peer.finish(*asked)])
     assert answers[0] == answers[1]
     assert counts(eager)[1] > 50
@@ -197,12 +207,12 @@ def test_an_answer_ends_where_the_context_does(start: Start) -> None:
 
 
 def test_carried_over_a_reload(start: Start, load_message, models, workers) -> None:
-    readable = {"flash_attn": True}
+    readable = {"flash_attn": True}  # otherwise states cannot be exported
     whole = start("llama", eager=False, **readable)
-    answers = whole.finish(*[ask(whole, "top-k", seed=n) for n in range(3)])
+    answers = whole.finish(*[ask(whole, "coin", seed=n) for n in range(3)])
     expected = [answer.tokens for answer in answers]
     first = start("llama", eager=True, **readable)
-    asked = [ask(first, "top-k", seed=n) for n in range(3)]
+    asked = [ask(first, "coin", seed=n) for n in range(3)]
     while min(len(first.answers[request].tokens) for request in asked) < 15:
         first.receive()
     first.send(Pause(export_bytes=2**26))
@@ -211,7 +221,7 @@ def test_carried_over_a_reload(start: Start, load_message, models, workers) -> N
     files = tuple(f"/proc/{first.process.pid}/fd/{state.fd}" for state in paused.states)
     second = start("llama", eager=True, carried=files, **readable)
     begun = [tuple(first.answers[request].tokens) for request in asked]
-    rest = [ask(second, "top-k", seed=n, resume=begun[n]) for n in range(3)]
+    rest = [ask(second, "coin", seed=n, resume=begun[n]) for n in range(3)]
     answers = second.finish(*rest)
     assert [[*begun[n], *answer.tokens] for n, answer in enumerate(answers)] == expected
     assert all(answer.end.n_cached_tokens == 90 for answer in answers)
@@ -224,6 +234,63 @@ def test_a_recurrent_model_says_why_not(workers, load_message, models) -> None:
     assert loaded.speculation == "off: its recurrent state cannot take tokens back"
     peer.complete(repetitive(1), max_tokens=30, ignore_eos=True)
     assert counts(peer) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from tests.models import write_model
+
+    folder = tmp_path_factory.mktemp("drafts")
+    small = {"weight_type": "F32", "n_layer": 2, "window": 64}
+    write_model(folder / "other", "llama", seed=8, **small)
+    renamed = (folder / "other").read_bytes().replace(b"<|eot_id|>", b"<|eot_ie|>")
+    (folder / "renamed").write_bytes(renamed)
+    write_model(folder / "none", "llama", vocab=None, n_vocab=288, **small)
+    write_model(folder / "recurrent", "qwen35", **small)
+    return {name: str(folder / name) for name in ("other", "renamed", "none", "recurrent")}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_draft_model_changes_no_answer(start: Start, models, drafts, arch: str) -> None:
+    def draft(path: str) -> dict[str, object]:
+        return {"speculate": "draft", "draft_path": path, "n_ctx": 1024}
+
+    plain = start(arch, eager=False, n_ctx=1024)
+    twin = start(arch, eager=True, **draft(models[arch]))
+    other = start(arch, eager=True, **draft(drafts["other"]))
+    # GELU, looked up in a table of f16, would decide between near tokens.
+    names = ("coin",) if arch == "gemma3" else ("greedy", "top-k", "cold", "logprobs", "JSON")
+    answers = []
+    for peer in (plain, twin, other):
+        asked = [
+            ask(peer, names[n % len(names)], seed=n, n_ask=200 if n % 2 else 90, max_tokens=50)
+            for n in range(8)
+        ]
+        answers.append([gist(answer) for answer in peer.finish(*asked)])
+    assert answers[0] == answers[1] == answers[2]
+    (n_twin, right_twin), (n_other, right_other) = counts(twin), counts(other)
+    assert min(n_other, n_twin) > 200
+    if arch == "llama":
+        assert right_twin > 100 > right_other
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("renamed", "its token 297 is '<|eot_ie|>', not '<|eot_id|>'"),
+        ("none", "does not suit the model: its vocabulary is of another type"),
+        ("recurrent", "does not suit the model: its recurrent state cannot take tokens back"),
+        ("missing", "draft model: no model file at"),
+    ],
+)
+def test_a_draft_model_that_does_not_suit(
+    workers, load_message, models, drafts, name: str, words: str
+) -> None:
+    path = drafts.get(name, "/nowhere")
+    fields = {**SPECULATE, "speculate": "draft", "draft_path": path}
+    failed = workers.start().load(load_message(model_path=models["llama"], **fields))
+    assert isinstance(failed, LoadFailed)
+    assert words in failed.message
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,10 @@ class Graph:
 
     _steps: list[_Step] = field(default_factory=list)
 
-    def add_input(self, n_bytes: int) -> Tensor:
+    def add_input(self, n_bytes: int, *, kept: bool = False) -> Tensor:
         """A tensor that is there before the graph starts, until its last use; for ever without
-        one."""
-        return self._add(_Step(n_bytes, (), in_place=False, is_input=True, kept=False))
+        one, or where it is `kept`."""
+        return self._add(_Step(n_bytes, (), in_place=False, is_input=True, kept=kept))
 
     def add(
         self, n_bytes: int, *sources: Tensor, in_place: bool = False, kept: bool = False

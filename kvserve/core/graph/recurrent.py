@@ -5,26 +5,34 @@ from kvserve.core.graph.frame import F32, Frame, state_of
 from kvserve.core.shape import LayerShape, RecurrentState, Widths
 
 
-def add_recurrent(frame: Frame, x: Tensor, layer: LayerShape) -> Tensor:
+def scans(frame: Frame, layer: LayerShape | None) -> bool:
+    """Whether a layer is Mamba's: its state is fetched ahead of it."""
+    return layer is not None and layer.recurrent is not None and frame.widths(layer).ssm_in > 0
+
+
+def add_delta_rule(frame: Frame, x: Tensor, layer: LayerShape) -> Tensor:
     """The layer's mixer; returns what goes to the residual."""
+    return _add_delta_rule(frame, x, frame.widths(layer), state_of(layer))
+
+
+def add_scan(
+    frame: Frame, x: Tensor, layer: LayerShape, remembered: Tensor, following: LayerShape | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same for Mamba (llm_build_mamba_base::build_mamba2_layer), with the state that
+    was fetched for it. The second result is that of the `following` layer: llama.cpp adds it to the
+    graph before this layer's end."""
     widths, state = frame.widths(layer), state_of(layer)
-    add = _add_scan if widths.ssm_in else _add_delta_rule
-    return add(frame, x, widths, state)
-
-
-def _add_scan(frame: Frame, x: Tensor, widths: Widths, state: RecurrentState) -> Tensor:
-    """llm_build_mamba_base::build_mamba2_layer."""
     inner = widths.ssm_inner
-    remembered = frame.state(state.r_elements)
     projected = frame.row(widths.ssm_in, x)
     mixed = frame.row(widths.conv, _add_joined(frame, remembered, projected, widths))
     steps = frame.row(widths.ssm_in - inner - widths.conv, projected)
     scanned = frame.graph.add(_row_and_state_bytes(frame, inner, state), mixed, steps)
+    ahead = frame.state(state_of(following).r_elements) if following is not None else None
     z = frame.row(inner, projected)
     skipped = frame.row(inner, mixed)
     y = frame.graph.add(skipped.n_bytes, skipped, scanned, in_place=True)
     y = frame.row(inner, z, y)
-    return frame.residual(frame.row(inner, y) if widths.ssm_norm else y)
+    return frame.residual(frame.row(inner, y) if widths.ssm_norm else y), ahead
 
 
 def _add_delta_rule(frame: Frame, x: Tensor, widths: Widths, state: RecurrentState) -> Tensor:

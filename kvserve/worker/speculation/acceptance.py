@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-N_KINDS = 6
-"""Kinds of proposal, by how much speaks for them; 0 the least."""
+DRAFT_KINDS = 6
+"""The first kind of what a draft model proposes; those before are for what the text had."""
+N_KINDS = 12
+"""Kinds of proposal, in both halves by how much speaks for them, the least first."""
 _PRIOR_WEIGHT = 2.0
 """What is known beforehand counts like so many trials."""
 

@@ -12,6 +12,8 @@ _KIND_FROM = (3, 4, 6, 9, 13, 20)
 class LookupProposer:
     """Has an index for each sequence that it was asked about. Not thread-safe."""
 
+    batched = False
+
     def __init__(self) -> None:
         self._indices: dict[int, NgramIndex] = {}
 

@@ -30,7 +30,13 @@ class Proposal:
 
 
 class Proposer(Protocol):
-    """Guesses how sequences go on."""
+    """Guesses how sequences go on. One that is `batched` answers for many in hardly more time than
+    for one, and takes long."""
+
+    @property
+    def batched(self) -> bool:
+        """See above."""
+        ...
 
     def propose(self, asks: Sequence[Ask]) -> list[Proposal | None]:
         """A proposal for each sequence, None where there is nothing to go by."""

@@ -10,8 +10,11 @@ from kvserve.worker.speculation.ledger import SHARE, Ledger
 from kvserve.worker.speculation.proposal import Ask, Proposal, Proposer
 from kvserve.worker.speculation.step_costs import StepCosts
 
-_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of accepted tokens by kind, before anything was measured."""
+_MORE = 2
+"""A batched proposer, whose tokens take time, is asked for so many more than were of use lately."""
+_USE_SMOOTHING = 0.1
 _ENGINE_MEMORY = 0.99
 _SEQUENCE_MEMORY = 0.9
 
@@ -51,22 +54,24 @@ class Speculator:
         self._acceptance: dict[int, Acceptance] = {}
         self._proposals: dict[int, Proposal] = {}
         self._spent_seconds = 0.0
+        self._look_seconds = 0.0
         self._step_seconds = 0.0
         self._turn = 0
+        self._n_useful = float(n_each)
 
     def propose(self, asks: Sequence[Ask]) -> dict[int, Draft]:
         """The tokens to be checked beside the last token of each of `asks`, which are all the
         sequences that generate."""
         self._proposals.clear()
         # In debt nothing is tried, but looking goes on where it costs next to nothing.
-        cheap = self._spent_seconds <= SHARE / 2 * self._step_seconds
+        cheap = self._look_seconds <= SHARE / 2 * self._step_seconds
+        self._spent_seconds = 0.0
         if not asks or not (self._ledger.solvent or cheap):
-            self._spent_seconds = 0.0
             return {}
         begun = self._clock()
         self._look(asks, begun)
         drafts = self._choose(asks) if self._proposals and self._ledger.solvent else {}
-        self._spent_seconds = self._clock() - begun
+        self._spent_seconds = self._look_seconds = self._clock() - begun
         return drafts
 
     def observe(self, outcomes: Mapping[int, Outcome], seconds: float, n_prefill: int) -> None:
@@ -75,21 +80,24 @@ class Speculator:
         for request, outcome in outcomes.items():
             proposal = self._proposals.get(request)
             if proposal is not None:
-                self._note_trials(self._acceptance_of(request), proposal, outcome.drawn)
+                n_right = self._note_trials(self._acceptance_of(request), proposal, outcome.drawn)
+                self._n_useful += _USE_SMOOTHING * (n_right - self._n_useful)
         n, n_drafted = len(outcomes), sum(one.n_drafted for one in outcomes.values())
         if not n:
             return
         if n_prefill:
-            self._ledger.observe(seconds, -self._spent_seconds)
+            self._ledger.observe(seconds, 0.0, self._spent_seconds)
             return
-        self._costs.observe(n + n_drafted, seconds)
+        self._costs.observe(n + n_drafted, seconds, plain=not n_drafted)
         plain, *_, wide = self._costs.curve(n, n + max(n_drafted, 1))
         self._step_seconds = plain
         won = 0.0
         if n_drafted:
             n_accepted = sum(min(len(o.drawn) - 1, o.n_drafted) for o in outcomes.values())
-            won = plain * (n + n_accepted) / n - wide
-        self._ledger.observe(plain, won - self._spent_seconds)
+            # More than its tokens one by one takes only a step that something else held up.
+            lost = min(wide, plain * (n + n_drafted) / n)
+            won = plain * (n + n_accepted) / n - lost
+        self._ledger.observe(plain, won, self._spent_seconds)
 
     def forget(self, request: int) -> None:
         """A request ended, or has left the batch for a while."""
@@ -100,6 +108,14 @@ class Speculator:
     def _look(self, asks: Sequence[Ask], begun: float) -> None:
         """Collect proposals, as far as the time allows, from another sequence on each time."""
         self._turn += 1
+        if self._proposer.batched:
+            n_most = min(self._n_each, round(self._n_useful) + _MORE)
+            able = [replace(ask, n_most=min(ask.n_most, n_most)) for ask in asks if ask.n_most > 0]
+            found = self._proposer.propose(able)
+            self._proposals = {
+                ask.id: one for ask, one in zip(able, found, strict=True) if one is not None
+            }
+            return
         first = self._turn % len(asks)
         allowed_seconds = max(self._ledger.balance_seconds, SHARE / 2 * self._step_seconds)
         for ask in (*asks[first:], *asks[:first]):
@@ -139,8 +155,12 @@ class Speculator:
         return known
 
     @staticmethod
-    def _note_trials(acceptance: Acceptance, proposal: Proposal, drawn: Sequence[int]) -> None:
+    def _note_trials(acceptance: Acceptance, proposal: Proposal, drawn: Sequence[int]) -> int:
+        """How many of the proposed tokens were right."""
+        n_right = 0
         for token, kind, real in zip(proposal.tokens, proposal.kinds, drawn, strict=False):
             acceptance.observe(kind, accepted=token == real)
             if token != real:
-                return
+                break
+            n_right += 1
+        return n_right

@@ -1,0 +1,53 @@
+"""What one decode call holds: values, no model."""
+
+from dataclasses import dataclass
+
+from kvserve.worker.cell_rules import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` to `start + count` of request `id`, for sequence slot `slot`.
+
+    `last` says that these are the last tokens known, so the model's output is wanted. Of a chunk
+    that is `scored` the output of every token is wanted. After the one token of a generating
+    request comes `draft`: tokens that may follow, to be checked, whose outputs are wanted too.
+    """
+
+    id: int
+    slot: int
+    start: int
+    count: int
+    last: bool
+    scored: bool = False
+    draft: tuple[int, ...] = ()
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of logits that the chunk makes."""
+        return self.count if self.scored else int(self.last) + len(self.draft)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
+
+    `admitted` are the requests that have their place from now on, in the order of their arrival,
+    those that come back after they were `preempted` included.
+    """
+
+    chunks: tuple[Chunk, ...]
+    n_prefill: int = 0
+    admitted: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+    operations: tuple[Operation, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the batch."""
+        return sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
+
+    @property
+    def n_drafted(self) -> int:
+        """Those of them that are drafts."""
+        return sum(len(chunk.draft) for chunk in self.chunks)
