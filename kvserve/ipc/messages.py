@@ -223,8 +223,12 @@ class TakeIn(Message, frozen=True):
 ToWorker = Load | Transcode | TakeIn | Generate | Cancel | Pause | Shutdown
 
 
+class Awake(Message, frozen=True):
+    """First frame: the worker's modules are imported, and it waits to be told to load."""
+
+
 class Hello(Message, frozen=True):
-    """First frame: the worker was told to load, and its engine runs."""
+    """The worker was told to load, and its engine runs."""
 
     pid: int
     engine: str
@@ -406,7 +410,8 @@ class Paused(Message, frozen=True):
 
 
 FromWorker = (
-    Hello
+    Awake
+    | Hello
     | Progress
     | Loaded
     | TakenIn

@@ -23,7 +23,7 @@ class Spawner(Protocol):
         ...
 
     async def spawn_ahead(self, launch: Launch) -> None:
-        """Prepare for a `spawn` that comes soon. Never raises."""
+        """Prepare for a `spawn` that comes soon; returns when that is done. Never raises."""
         ...
 
     def tell_ahead(self, message: ToWorker) -> None:

@@ -48,6 +48,7 @@ from kvserve.supervisor.states import (
     Overlapping,
     Serving,
     Spawned,
+    SpawnedAhead,
     StopAsked,
     Stopped,
     Stopping,
@@ -120,7 +121,9 @@ class Supervisor(Reloads):
                 self._on_stop_asked()
             case Spawned() | NotSpawned() | Heard() | Ended() | Weighed():
                 self._on_worker_event(event)
-            case Tick():
+            case SpawnedAhead() if isinstance(self._state, Draining):
+                self._update(replace(self._state, waits_until=0.0))
+            case SpawnedAhead() | Tick():
                 pass
         self._look_at_clock(self._clock())
 

@@ -23,6 +23,7 @@ from kvserve.supervisor.loads import worker_environment
 from kvserve.supervisor.states import Worker
 
 WORKER_ARGV = (sys.executable, "-m", "kvserve.worker")
+_AWAKE_SECONDS = 10.0
 _LAST_WORDS_BYTES = 4096
 _LOG_LIMIT_BYTES = 8 * 2**20
 
@@ -104,12 +105,20 @@ class ProcessSpawner:
         self._lock = asyncio.Lock()
 
     async def spawn_ahead(self, launch: Launch) -> None:
-        """Have a process ready for the next `spawn`. Never raises: that will tell what is wrong."""
+        """Have a process ready for the next `spawn`: returns when it has imported its modules, or
+        cannot. Never raises: `spawn` will tell what is wrong."""
         async with self._lock:
-            if self._ahead is None:
-                environment = worker_environment(launch.backend)
-                with contextlib.suppress(WorkerFailed):
-                    self._ahead = environment, await self._start(environment)
+            if self._ahead is not None:
+                return
+            environment = worker_environment(launch.backend)
+            try:
+                worker = await self._start(environment)
+            except WorkerFailed:
+                return
+            self._ahead = environment, worker
+        # Its first frame is `Awake`, or the end; whoever `spawn`s meanwhile reads what follows.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(worker.receive(), _AWAKE_SECONDS)
 
     def tell_ahead(self, message: ToWorker) -> None:
         """Send a frame to the process that is ready for the next `spawn`, if there is one."""

@@ -34,6 +34,7 @@ from kvserve.supervisor.states import (
     Loading,
     Overlapping,
     Serving,
+    SpawnedAhead,
     Successor,
     Worker,
     successor_of,
@@ -42,6 +43,8 @@ from kvserve.supervisor.states import (
 log = structlog.get_logger(__name__)
 
 LEAVE_SECONDS = 10.0
+AHEAD_SECONDS = 10.0
+"""How long a pause is put off for the next worker to import its modules."""
 SLOWEST_EXPORT = 2**29
 """Bytes a second that a worker which exports its sequences makes at least."""
 
@@ -100,11 +103,22 @@ class Reloads(Loads):
         if why is not None:
             log.warning("the next worker has to wait for the present one's memory", reason=why)
         pause_at = self._clock() + self._policy.drain_timeout
-        self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+        self._beside(self._spawn_ahead(following))
         self._move(
             Event.RELOAD,
-            Draining(state.worker, state.attempt, state.loaded, following, pause_at=pause_at),
+            Draining(
+                state.worker,
+                state.attempt,
+                state.loaded,
+                following,
+                pause_at=pause_at,
+                waits_until=self._clock() + AHEAD_SECONDS,
+            ),
         )
+
+    async def _spawn_ahead(self, following: Attempt) -> None:
+        await self._spawner.spawn_ahead(following.plan.chosen.launch)
+        self.post(SpawnedAhead())
 
     def _on_successor_heard(self, worker: Worker, message: FromWorker) -> None:
         now = self._clock()
@@ -143,7 +157,7 @@ class Reloads(Loads):
                 why = f"died before it took over: {exit_.cause}"
                 following = replace(state.following, beside_bytes=None, in_order_because=why)
                 self._update(replace(state, following=following, successor=None))
-                self._beside(self._spawner.spawn_ahead(following.plan.chosen.launch))
+                self._beside(self._spawn_ahead(following))
             case _:
                 pass
 
@@ -168,7 +182,8 @@ class Reloads(Loads):
             self._on_loaded(loading, state.successor.loaded)
 
     def _drain(self, state: Draining, now: float) -> None:
-        if state.kill_at is None and (now >= state.pause_at or not self._requests.running):
+        idle = not self._requests.running
+        if state.kill_at is None and (idle or now >= max(state.pause_at, state.waits_until)):
             following = state.following
             carry_bytes = self._policy.carry_limit(following.plan)
             if following.beside_bytes is not None:

@@ -141,7 +141,8 @@ class Successor:
 @dataclass(frozen=True, slots=True)
 class Draining:
     """The worker finishes what runs, to make room for `following`. It is told to pause at
-    `pause_at`; from then on `kill_at` is set. `successor` takes over where it is there already."""
+    `pause_at`, and not before the next one has imported its modules, for which `waits_until` is
+    the limit; from then on `kill_at` is set. `successor` takes over where it is there already."""
 
     worker: Worker
     attempt: Attempt
@@ -150,6 +151,7 @@ class Draining:
     pause_at: float
     kill_at: float | None = None
     successor: Successor | None = None
+    waits_until: float = 0.0
     phase: Phase = Phase.DRAINING
 
 
@@ -288,6 +290,11 @@ class NotSpawned:
 
 
 @dataclass(frozen=True, slots=True)
+class SpawnedAhead:
+    """The process that the next worker will run in is ready, as far as it can be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A frame from a worker."""
 
@@ -344,6 +351,7 @@ SupervisorEvent = (
     | Cancelled
     | Spawned
     | NotSpawned
+    | SpawnedAhead
     | Heard
     | Ended
     | Weighed

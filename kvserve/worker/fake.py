@@ -21,6 +21,7 @@ import msgspec
 from kvserve.dialects.form import Form
 from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
+    Awake,
     Cancel,
     CarryReport,
     ChatPrompt,
@@ -45,6 +46,7 @@ from kvserve.ipc.messages import (
     TakenIn,
     TextPrompt,
     ToWorker,
+    Transcode,
 )
 from kvserve.worker.lifetime import die_with_parent
 from kvserve.worker.reader import start_reader
@@ -109,6 +111,7 @@ class FakeWorker:
     def run(self) -> int:
         """Greet, load and serve; returns only where the script lets the load fail."""
         self._reach("hello")
+        self._channel.send(Awake())
         self._channel.send(Hello(os.getpid(), "fake", "0", "fake"))
         if not self._load():
             return 1
@@ -120,7 +123,8 @@ class FakeWorker:
 
     def _load(self) -> bool:
         script = self._script
-        load = self.inbox.get()
+        while isinstance(load := self.inbox.get(), Transcode):
+            pass  # its states hold nothing to rewrite
         if not isinstance(load, Load):
             raise TypeError(f"expected Load, not {load!r}")
         self._reach("load")

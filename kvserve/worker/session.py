@@ -11,7 +11,7 @@ from msgspec import structs
 from kvserve.core.dtypes import KvType
 from kvserve.dialects.form import MARKERS
 from kvserve.ipc.channel import WorkerChannel
-from kvserve.ipc.messages import Hello, Load, Loaded, LoadFailed, Progress, Transcode
+from kvserve.ipc.messages import Awake, Hello, Load, Loaded, LoadFailed, Progress, Transcode
 from kvserve.worker import llama
 from kvserve.worker.carrying import Incoming, incoming_of
 from kvserve.worker.chat import ChatRenderer
@@ -44,6 +44,7 @@ def serve(
 ) -> int:
     """Wait for the load, greet, load, serve. Returns only where the model could not be loaded,
     with the exit status; otherwise the reader thread ends the process."""
+    channel.send(Awake())
     load, incoming = _wait_for_load(inbox)
     log = LoadLog()
     # Not before the load: from here on a GPU has a context of this process.

@@ -183,6 +183,8 @@ class Stage:
         self.spawn_fails = False
         self.gate = asyncio.Event()
         self.gate.set()
+        self.ahead_gate = asyncio.Event()
+        self.ahead_gate.set()
         self.supervisor = Supervisor(
             first or plan_for(16384),
             replace(Policy("/m.gguf", "identity", n_threads=2), **policy),
@@ -207,6 +209,7 @@ class Stage:
 
     async def spawn_ahead(self, launch: Launch) -> None:
         self.ahead.append(launch)
+        await self.ahead_gate.wait()
 
     def tell_ahead(self, message: ToWorker) -> None:
         self.told_ahead.append(message)

@@ -150,6 +150,31 @@ def test_a_request_that_outlasts_the_drain_goes_on_with_the_next_worker() -> Non
     play(story)
 
 
+def test_a_pause_waits_until_the_next_process_is_ready_or_for_so_long() -> None:
+    async def story(ready: bool) -> None:
+        stage = Stage(drain_timeout=0.0)
+        old = await stage.serving()
+        await stage.submit()
+        stage.ahead_gate.clear()
+        change = asyncio.create_task(stage.supervisor.change_context(32768))
+        await stage.settle()
+        await stage.pass_time(9)
+        assert old.of_kind(Pause) == []
+        if ready:
+            stage.ahead_gate.set()
+            await stage.settle()
+        else:
+            await stage.pass_time(2)
+        assert len(old.of_kind(Pause)) == 1
+        stage.ahead_gate.set()
+        await stage.end()
+        with pytest.raises(NotReady):
+            await change
+
+    for ready in (True, False):
+        play(lambda ready=ready: story(ready))  # type: ignore[misc]
+
+
 def test_a_worker_that_does_not_pause_is_killed_and_its_requests_go_on() -> None:
     async def story() -> None:
         stage = Stage(drain_timeout=1.0)

@@ -13,7 +13,7 @@ import pytest
 from kvserve.core.lifecycle import Phase
 from kvserve.core.machine import Backend
 from kvserve.errors import KvserveError, WorkerFailed
-from kvserve.ipc.messages import Hello, Sampling, TextPrompt
+from kvserve.ipc.messages import Awake, Hello, Sampling, TextPrompt
 from kvserve.supervisor.admission import Done, GenerationSpec, Text
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
@@ -107,7 +107,8 @@ def test_what_ran_is_handed_to_the_next_worker_and_nothing_stays_open(tmp_path: 
     async def story() -> None:
         # From f16 to q8_0: 32 of 49 bytes are the exported files', the rest the transcoded ones'.
         policy = {"drain_timeout": 0.0, "carry_bytes": 8 * 8}
-        async with Troupe(tmp_path, policy, {"step_ms": 5}) as supervisor:
+        # The pause waits for the next process: the answers must last longer than its start.
+        async with Troupe(tmp_path, policy, {"step_ms": 80}) as supervisor:
             await supervisor.first_ready
             before = n_open_files()
             began = asyncio.Event()
@@ -257,6 +258,7 @@ def test_a_worker_that_died_ahead_is_replaced(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         worker = await spawner.spawn(launch)
+        assert isinstance(await worker.receive(), Awake)
         assert isinstance(await worker.receive(), Hello)
         worker.kill()
         await worker.wait()

@@ -111,7 +111,7 @@ def test_dies_of_the_signal_it_is_told(fake, number: signal.Signals) -> None:
 
 def test_dies_at_its_point(fake) -> None:
     peer = fake(die_at="load")
-    assert isinstance(peer.receive(), Hello)
+    peer.until(Hello)
     peer.send(LOAD)
     assert peer.receive() is None
 
