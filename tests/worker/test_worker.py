@@ -40,7 +40,9 @@ PROMPTS = (
     "x = 1\nx = 1\nx = 1\nx = 1\nx = 1\nx =",
 )
 # Three tokens that are far ahead of all others and near each other: a real draw at every step.
-COIN = Sampling(temperature=8.0, top_k=40, seed=11, logit_bias={500: 100.0, 600: 100.0, 700: 100.0})
+COIN = Sampling(
+    temperature=50.0, top_k=40, seed=11, logit_bias={500: 3000.0, 600: 3000.0, 700: 3000.0}
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_a_seed_gives_the_same_answer_again(worker) -> None:
     first = worker.complete(PROMPTS[0], sampling=COIN, max_tokens=24)
     assert set(first.tokens) == {500, 600, 700}
     assert worker.complete(PROMPTS[0], sampling=COIN, max_tokens=24).tokens == first.tokens
-    other = Sampling(temperature=8.0, top_k=40, seed=12, logit_bias=COIN.logit_bias)
+    other = Sampling(temperature=50.0, top_k=40, seed=12, logit_bias=COIN.logit_bias)
     assert worker.complete(PROMPTS[0], sampling=other, max_tokens=24).tokens != first.tokens
 
 
