@@ -9,14 +9,12 @@ from pathlib import Path
 
 import msgspec
 import platformdirs
-import structlog
 
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Machine
 from kvserve.supervisor.building import library_mark
 from kvserve.whole_file import replace_file
 
-log = structlog.get_logger(__name__)
 
 FORMAT = 1
 
@@ -114,6 +112,10 @@ class ProfileWatch:
         if mark != self._mark:
             self._mark = mark
             self._known = self._profiles.read(self._model_id, self._key)
+            # Here since `kvserve plan` imports this module, and is done before structlog is.
+            import structlog  # noqa: PLC0415
+
+            log = structlog.get_logger(__name__)
             log.info(
                 "measured quality read again",
                 profile=str(self._path),
