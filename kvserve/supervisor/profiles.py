@@ -15,7 +15,6 @@ from kvserve.core.machine import Backend, Machine
 from kvserve.supervisor.building import library_mark
 from kvserve.whole_file import replace_file
 
-
 FORMAT = 1
 
 
