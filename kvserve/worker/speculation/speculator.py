@@ -118,8 +118,9 @@ class Speculator:
             return
         first = self._turn % len(asks)
         allowed_seconds = max(self._ledger.balance_seconds, SHARE / 2 * self._step_seconds)
-        for ask in (*asks[first:], *asks[:first]):
-            if self._proposals and self._clock() - begun > allowed_seconds:
+        for n_seen, ask in enumerate((*asks[first:], *asks[:first])):
+            # Also where nothing is found: of many sequences the next ones have their turn next time.
+            if n_seen and self._clock() - begun > allowed_seconds:
                 return
             if ask.n_most < 1:
                 continue
