@@ -119,7 +119,7 @@ class Speculator:
         first = self._turn % len(asks)
         allowed_seconds = max(self._ledger.balance_seconds, SHARE / 2 * self._step_seconds)
         for n_seen, ask in enumerate((*asks[first:], *asks[:first])):
-            # Also where nothing is found: of many sequences the next ones have their turn next time.
+            # Also where nothing is found: the next of many sequences have their turn next time.
             if n_seen and self._clock() - begun > allowed_seconds:
                 return
             if ask.n_most < 1:
