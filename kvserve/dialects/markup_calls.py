@@ -17,6 +17,8 @@ Types = Mapping[str, Mapping[str, frozenset[str]]]
 
 _ANY: frozenset[str] = frozenset()
 _ONLY_STRING = frozenset({"string"})
+_DEEPEST = 64
+"""Alternatives within alternatives of a schema that are looked into."""
 _NAME = re.compile(r"([^<>\n]{1,128})>")
 _escape = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -29,8 +31,8 @@ def types_of(schema: object) -> dict[str, frozenset[str]]:
     return {str(name): _types(one) for name, one in properties.items()}
 
 
-def _types(schema: object) -> frozenset[str]:
-    if not isinstance(schema, dict):
+def _types(schema: object, depth: int = 0) -> frozenset[str]:
+    if not isinstance(schema, dict) or depth > _DEEPEST:
         return _ANY
     kind = schema.get("type")
     if isinstance(kind, str):
@@ -42,7 +44,7 @@ def _types(schema: object) -> frozenset[str]:
         return _ONLY_STRING
     several = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(several, list):
-        each = [_types(one) for one in several]
+        each = [_types(one, depth + 1) for one in several]
         return frozenset().union(*each) if all(each) else _ANY
     return _ANY
 

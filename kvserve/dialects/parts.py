@@ -136,7 +136,7 @@ def _read_call(value: object) -> tuple[str, str] | None:
         given = write_json({} if given is None else given)
     if not isinstance(name, str) or not name or given is None:
         return None
-    return name, given
+    return _encodable(name), _encodable(given)
 
 
 def parse_json(text: str) -> object:
@@ -154,9 +154,15 @@ def write_json(value: object) -> str | None:
     if value is None:
         return None
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return _encodable(json.dumps(value, ensure_ascii=False))
     except RecursionError:
         return None
+
+
+def _encodable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which JSON's escapes can
+    write and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _refuse(word: str) -> NoReturn:

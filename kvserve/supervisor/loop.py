@@ -31,7 +31,7 @@ from kvserve.supervisor.launching import fingerprint
 from kvserve.supervisor.recovery import (
     Failure,
 )
-from kvserve.supervisor.reloading import Reloads
+from kvserve.supervisor.reloading import DID_NOT_PAUSE, Reloads
 from kvserve.supervisor.states import (
     Cancelled,
     ChangeAsked,
@@ -248,7 +248,11 @@ class Supervisor(Reloads):
                 self._on_attempt_failed(replace(attempt, fallback=None, change=None), failure)
             case Overlapping() | Draining() as state:
                 self._history.worker_died(exit_.cause)
-                self._requests.worker_died(exit_.cause)
+                if exit_.killed_for == DID_NOT_PAUSE:
+                    # Slow, and no fault of a request.
+                    self._requests.worker_paused()
+                else:
+                    self._requests.worker_died(exit_.cause)
                 self._on_predecessor_lost(state)
             case Handover(attempt=attempt):
                 # What it was to take in is kept for one more try, in the ordinary order.

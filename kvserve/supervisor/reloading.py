@@ -45,6 +45,7 @@ log = structlog.get_logger(__name__)
 LEAVE_SECONDS = 10.0
 AHEAD_SECONDS = 10.0
 """How long a pause is put off for the next worker to import its modules."""
+DID_NOT_PAUSE = "it did not pause for a reload"
 SLOWEST_EXPORT = 2**29
 """Bytes a second that a worker which exports its sequences makes at least."""
 
@@ -198,7 +199,7 @@ class Reloads(Loads):
             patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
             self._update(replace(state, kill_at=now + patience))
         elif state.kill_at is not None and now >= state.kill_at:
-            state.worker.kill("it did not pause for a reload")
+            state.worker.kill(DID_NOT_PAUSE)
         else:
             self._kill_if_hung(state.worker, now)
 

@@ -110,7 +110,8 @@ class ChatRenderer:
     def _job(self, prompt: ChatPrompt, *, as_text: bool = False) -> Render:
         messages = template_messages(prompt, self._form, as_text=as_text)
         if prompt.continue_final and messages:
-            messages[-1]["content"] += _MARK
+            # Where there are calls, some dialects have None for no text.
+            messages[-1]["content"] = (messages[-1]["content"] or "") + _MARK
         variables: dict[str, object] = {
             **prompt.template_kwargs,
             **self._tokens,

@@ -150,3 +150,29 @@ def test_text_without_marks_stays_as_it_is(form, text, calls) -> None:
 def test_deep_nesting_is_text(form: Form, text: str) -> None:
     for opening in ("", "<tool_call>", "[TOOL_CALLS]", "<start_function_call>call:a{"):
         read(form, [opening + text])
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (Form("hermes"), '<tool_call>{"arguments": {"a": "\\ud83d"}, "name": "f"}</tool_call>'),
+        (Form("hermes"), '<tool_call>{"arguments": {}, "name": "f\\ud83d"}</tool_call>'),
+        (Form("hermes"), '<tool_call>{"name": "f", "arguments": "\\ud83d"}</tool_call>'),
+        (
+            Form("glm"),
+            '<tool_call>f<arg_key>a</arg_key><arg_value>["\\ud83d"]</arg_value></tool_call>',
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_in_an_escape_can_be_sent(form: Form, text: str) -> None:
+    [(name, arguments)] = read(form, [text]).calls
+    (name + arguments).encode()
+    assert name.startswith("f")
+
+
+def test_a_schema_of_alternatives_within_alternatives_is_bounded() -> None:
+    schema: object = {"type": "string"}
+    for _ in range(2000):
+        schema = {"anyOf": [schema]}
+    reader = Reader(Form("qwen_xml"), {"f": {"type": "object", "properties": {"a": schema}}})
+    assert reader.push("Hi.") == [Content("Hi.")]

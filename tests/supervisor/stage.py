@@ -58,6 +58,7 @@ class FakeWorker:
         self.pid = pid
         self.sent: list[ToWorker] = []
         self.killed = False
+        self.killed_for: str | None = None
         self.gone = False
         self.pauses = True
         self._frames: asyncio.Queue[FromWorker | None] = asyncio.Queue()
@@ -74,7 +75,7 @@ class FakeWorker:
 
     def kill(self, why: str | None = None) -> None:
         if not self.gone:
-            self.killed = True
+            self.killed, self.killed_for = True, why
             self.on_kill()
 
     async def wait(self) -> Exit:
@@ -89,7 +90,7 @@ class FakeWorker:
     def die(self, returncode: int = 0, last_words: str = "") -> None:
         if not self.gone:
             self.gone = True
-            self._exit.set_result(Exit(returncode, last_words))
+            self._exit.set_result(Exit(returncode, last_words, self.killed_for))
             self._frames.put_nowait(None)
 
     def load(self, n_ctx: int | None = None) -> None:

@@ -219,3 +219,23 @@ def test_an_old_worker_that_does_not_leave_after_the_handover_is_killed() -> Non
         await stage.end()
 
     play(story)
+
+
+def test_a_worker_that_does_not_pause_is_no_fault_of_its_requests() -> None:
+    async def story() -> None:
+        stage = Stage(drain_timeout=0.0, pause_timeout=1.0)
+        reload = await halted("draining", stage)
+        await stage.pass_time(60)
+        assert reload.old.killed
+        await stage.settle()
+        assert reload.phase is Phase.SERVING
+        reload.new.die(-9)
+        await stage.settle()
+        stage.worker.load()
+        await stage.settle()
+        stage.worker.answer(reload.caller.id, 3, done=True)
+        await stage.settle()
+        assert reload.caller.text == "t1 t2 t3 "
+        await stage.end()
+
+    play(story)

@@ -149,3 +149,13 @@ def test_arguments_that_are_no_object_stay_text(renderer, arguments: str) -> Non
 def test_the_dialect_is_told_from_the_template(source, calls, native, listed) -> None:
     form = form_of(source)
     assert (form.calls, form.native, form.listed) == (calls, native, listed)
+
+
+def test_an_answer_with_calls_and_no_text_can_be_continued(renderer) -> None:
+    source = (
+        "{# <｜tool▁calls▁begin｜> #}{% for tool in tools %}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% endfor %}"
+    )
+    last = ChatMessage("assistant", "", tool_calls=CALL.tool_calls)
+    prompt = ChatPrompt((USER, last), tools=TOOLS, continue_final=True)
+    assert renderer(source).render(prompt) == "[user]How is it in Paris?[assistant]"
