@@ -13,7 +13,7 @@ import numpy as np
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.ipc import messages
 from kvserve.worker.carry.layout import forecast
-from kvserve.worker.carry.memory_file import ExportedState, Tokens, blank_file
+from kvserve.worker.carry.memory_file import Blank, ExportedState, Tokens
 from kvserve.worker.carry.refusal import CannotCarry
 from kvserve.worker.carry.sequence import export_sequence, import_sequence, prove_sequence
 from kvserve.worker.carry.transcode import transcode
@@ -37,7 +37,7 @@ class Blanks:
         self, context: Context, sequences: Sequence[CachedSequence], limit_bytes: int
     ) -> None:
         self.limit_bytes = limit_bytes
-        self._files: dict[CachedSequence, int] = {}
+        self._files: dict[CachedSequence, Blank] = {}
         self._sizes: dict[CachedSequence, int] = {}
         left_bytes = limit_bytes
         done: set[CachedSequence] = set()
@@ -57,22 +57,22 @@ class Blanks:
         """Whether there is nothing to wait for any more."""
         return not self._thread.is_alive()
 
-    def take(self, sequence: CachedSequence) -> int | None:
-        """The descriptor of a sequence's file; None where there is none. Waits until `ready`."""
+    def take(self, sequence: CachedSequence) -> Blank | None:
+        """A sequence's file; None where there is none. Waits until `ready`."""
         self._thread.join()
         return self._files.pop(sequence, None)
 
     def close(self) -> None:
         """Give back what was not taken."""
         self._thread.join()
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for blank in self._files.values():
+            blank.close()
         self._files.clear()
 
     def _make(self) -> None:
         for sequence, n_bytes in self._sizes.items():
             try:
-                self._files[sequence] = blank_file(n_bytes)
+                self._files[sequence] = Blank(n_bytes)
             except OSError as error:
                 print(f"no memory ahead: {error}", file=sys.stderr, flush=True)
                 return

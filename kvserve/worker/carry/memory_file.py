@@ -162,40 +162,61 @@ class ExportedState:
         return np.frombuffer(mapped, dtype=np.uint8)
 
 
-def blank_file(n_bytes: int) -> int:
-    """A memory file of that size whose pages are there already; returns its descriptor.
+class Blank:
+    """A memory file of `n_bytes` whose pages are there and mapped already.
 
-    The kernel zeroes pages at 1 to 5 GB/s: whoever makes the file ahead does not wait for it.
-    Raises OSError where the kernel gives no memory.
+    The kernel zeroes pages at 1 to 5 GB/s, and maps them one fault at a time at 2 to 3: who makes
+    the file ahead waits for neither. Raises OSError where the kernel gives no memory.
     """
-    fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, n_bytes)
-        _populate(np.frombuffer(mmap.mmap(fd, n_bytes), dtype=np.uint8))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+
+    def __init__(self, n_bytes: int) -> None:
+        self.fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, n_bytes)
+            self._file: Bytes | None = _mapped(self.fd, n_bytes)
+            _populate(self._file)
+        except BaseException:
+            self._file = None
+            os.close(self.fd)
+            raise
+
+    def take(self, n_bytes: int) -> Bytes:
+        """The file's mapping, made `n_bytes` long. This object keeps no reference to it."""
+        file, self._file = self._file, None
+        os.ftruncate(self.fd, n_bytes)
+        if file is None or len(file) < n_bytes:
+            return _mapped(self.fd, n_bytes)
+        return file[:n_bytes]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._file = None
+        os.close(self.fd)
+
+
+def _mapped(fd: int, n_bytes: int) -> Bytes:
+    return np.frombuffer(mmap.mmap(fd, n_bytes), dtype=np.uint8)
 
 
 def write_state(
     contents: Contents,
     tokens: Tokens,
     fill: Callable[[Bytes], LogProbs | None],
-    blank: int | None = None,
+    blank: Blank | None = None,
 ) -> ExportedState:
     """Have `fill` write llama.cpp's part into a memory file, and seal it.
 
-    `blank` is a file of `blank_file` to take over, of any size; else one is made. `fill` gets the
+    `blank` is a file to take over, of any size; else one is made. `fill` gets the
     bytes to write, keeps no view of them, and returns what is expected after the last token, of
     `contents.n_vocab` values or None. What it raises passes through, and the file is gone. Raises
     OSError where the kernel gives no memory.
     """
     assert len(tokens) == contents.n_tokens
-    fd = blank_file(contents.file_bytes) if blank is None else blank
+    blank = Blank(contents.file_bytes) if blank is None else blank
+    fd = blank.fd
     try:
-        os.ftruncate(fd, contents.file_bytes)
-        _fill(fd, contents, tokens, fill)
+        # No writable mapping may be left when the file is sealed: nothing here refers to it.
+        _fill(blank.take(contents.file_bytes), contents, tokens, fill)
         body = msgspec.msgpack.encode(contents)
         os.pwrite(fd, _MAGIC + _LENGTH.pack(len(body)) + body, 0)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -206,10 +227,8 @@ def write_state(
 
 
 def _fill(
-    fd: int, contents: Contents, tokens: Tokens, fill: Callable[[Bytes], LogProbs | None]
+    file: Bytes, contents: Contents, tokens: Tokens, fill: Callable[[Bytes], LogProbs | None]
 ) -> None:
-    # A function of its own: no writable mapping may be left when the file is sealed.
-    file = np.frombuffer(mmap.mmap(fd, contents.file_bytes), dtype=np.uint8)
     begin = contents.tokens_offset
     end = begin + 4 * contents.n_tokens
     expected = fill(file[HEADER_BYTES : HEADER_BYTES + contents.state_bytes])

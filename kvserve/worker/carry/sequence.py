@@ -1,12 +1,11 @@
 """A sequence out of one context, and into another. On the thread that decodes."""
 
-import os
-
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.worker.carry.canary import divergence, divergence_limit, next_distribution
 from kvserve.worker.carry.layout import StateLayout
 from kvserve.worker.carry.memory_file import (
     LONGEST_SALT,
+    Blank,
     Contents,
     ExportedState,
     LogProbs,
@@ -27,9 +26,9 @@ def export_sequence(
     *,
     salt: str = "",
     canary: bool = False,
-    blank: int | None = None,
+    blank: Blank | None = None,
 ) -> ExportedState:
-    """Copy a sequence into a memory file, into `blank` where one was made ahead (`blank_file`).
+    """Copy a sequence into a memory file, into `blank` where one was made ahead.
 
     `tokens` are all that the sequence is made of: those in the cache, and maybe one that was drawn
     and is decoded next. With `canary` that one is decoded now, after the copy, so that the import
@@ -43,7 +42,7 @@ def export_sequence(
         layout, n_cached = _exportable(context, slot, tokens, salt)
     except CannotCarry:
         if blank is not None:
-            os.close(blank)
+            blank.close()
         raise
     n_bytes = context.state_bytes(slot)
     gap = 4 * n_cached if slot >= context.n_seq_max else 0
