@@ -150,17 +150,18 @@ class ChatFormat:
 
     def __init__(self, model: str, created: int, *, keeps_reasoning: bool = False) -> None:
         self._keeps_reasoning = keeps_reasoning
+        self._functions: dict[str, object] | None = None
         self._answer = _Answer(f"chatcmpl-{uuid.uuid4().hex}", model, created)
 
     def reader(self, prompt: Prompt, form: Form | None) -> Reader | None:
         """Reads reasoning, and calls where there are tools."""
         if form is None or not isinstance(prompt, ChatPrompt):
             return None
-        functions = None
-        if prompt.tools is not None:
+        if prompt.tools is not None and self._functions is None:
+            # Once for all choices: a megabyte takes 20 ms, and the loop waits.
             tools = [one["function"] for one in json.loads(prompt.tools.text)]
-            functions = {one["name"]: one["parameters"] for one in tools}
-        return Reader(form, functions, keeps_reasoning=self._keeps_reasoning)
+            self._functions = {one["name"]: one["parameters"] for one in tools}
+        return Reader(form, self._functions, keeps_reasoning=self._keeps_reasoning)
 
     def whole(
         self, choices: Sequence[Choice], usage: Json, fingerprint: str, form: Form | None = None

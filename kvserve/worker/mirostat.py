@@ -53,11 +53,13 @@ class Mirostat:
         likeliest = np.sort(logprobs[largest(logprobs, min(_N_ESTIMATE, n_vocab))])[::-1]
         steps = -np.diff(likeliest.astype(np.float64))
         ranks = np.log(np.arange(2, len(likeliest) + 1) / np.arange(1, len(likeliest)))
-        slope = float((ranks * steps).sum() / (ranks * ranks).sum()) if len(steps) else 1.0
+        # NumPy's numbers: a target out of reach makes them infinite, where Python's would raise.
+        slope = (ranks * steps).sum() / (ranks * ranks).sum() if len(steps) else np.float64(1)
         excess = slope - 1
         with np.errstate(all="ignore"):
-            k = np.float64(
-                (excess * 2**self.max_surprise) / (1 - np.float64(n_vocab) ** -excess)
+            k = (
+                (excess * np.exp2(np.float64(self.max_surprise)))
+                / (1 - np.float64(n_vocab) ** -excess)
             ) ** (1 / slope)
         n_kept = int(min(max(k, 1), n_vocab)) if np.isfinite(k) else n_vocab
         return largest(logprobs, n_kept)

@@ -15,6 +15,7 @@ Ids = NDArray[np.intp]
 
 BLOCK = 512
 """Tokens to a block: about the root of a large vocabulary."""
+_LEAST_MASS = float(np.finfo(np.float64).tiny)
 _BUCKET_BITS = 19
 """Leaves sign, exponent and 4 bits of a float32: 16 buckets for each power of two."""
 NEVER = -1e9
@@ -87,10 +88,11 @@ def without_top_choices(logits: Row, threshold: float) -> Ids:
 
 def _first(keys: Row, weights: Row, wanted: float) -> Ids:
     """Those with the lowest `keys`, which are not negative, until their `weights` add up to
-    `wanted`. Sorts only where the border runs: the upper bits of a positive float are a bucket."""
+    `wanted`; never none. Sorts only where the border runs: the upper bits of a positive float are a
+    bucket."""
     buckets = keys.view(np.int32) >> _BUCKET_BITS
     mass = np.cumsum(np.bincount(buckets, weights))
-    border = min(int(np.searchsorted(mass, wanted)), len(mass) - 1)
+    border = min(int(np.searchsorted(mass, max(wanted, _LEAST_MASS))), len(mass) - 1)
     inside = np.flatnonzero(buckets == border)
     inside = inside[np.argsort(keys[inside], kind="stable")]
     before = float(mass[border - 1]) if border else 0.0

@@ -253,3 +253,11 @@ def test_dry_is_llama_cpps(vocab: object, breakers: tuple[str, ...]) -> None:
         n_penalized += int((row < 0).sum())
     ll.llama_sampler_free(theirs)
     assert n_penalized > 50
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("row", [some_row(1), np.zeros(N_VOCAB, dtype=np.float32)])
+def test_mirostat_survives_targets_out_of_reach(version: int, row: np.ndarray) -> None:
+    dice = Dice(1)
+    one = Mirostat(version, tau=100.0, eta=1.0, temperature=1.0)
+    assert all(0 <= one.sample(row.copy(), dice.uniform()) < N_VOCAB for _ in range(50))

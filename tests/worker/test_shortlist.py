@@ -114,3 +114,10 @@ def test_indices_ascend(shorten) -> None:
     ids = shorten(row, 0.9)
     assert len(ids) > 100
     assert (np.diff(ids) > 0).all()
+
+
+@pytest.mark.parametrize("shorten", [nucleus, typical])
+@pytest.mark.parametrize("share", [0.0, 1e-300])
+def test_of_no_share_one_is_left(shorten, share: float) -> None:
+    row = np.random.default_rng(1).normal(0, 3, 20_000).astype(np.float32)
+    assert len(shorten(row, share)) == 1
