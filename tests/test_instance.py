@@ -2,6 +2,10 @@
 
 import os
 
+import pytest
+
+from kvserve.cli.control import show_logs
+from kvserve.errors import UsageError
 from kvserve.instance import InstancePaths, keep_few_passing
 
 
@@ -25,3 +29,17 @@ def test_logs_of_a_chosen_port_are_kept(tmp_path):
         keep_few_passing(InstancePaths(tmp_path, port), passing=True)
     assert chosen.log.exists()
     assert not chosen.passing.exists()
+
+
+def test_without_a_daemon_the_logs_of_ended_ones_are_named(tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UsageError) as caught:
+            show_logs(None, str(tmp_path), worker=False, follow=False)
+        return caught.value.message
+
+    assert refusal() == "no kvserve runs here; start it with `kvserve start`"
+    for age, port in enumerate((8000, 8080)):
+        log = InstancePaths(tmp_path, port).log
+        log.touch()
+        os.utime(log, (1000 + age, 1000 + age))
+    assert refusal().endswith("logs of some that ended are there: add --port 8080 or 8000")

@@ -121,7 +121,9 @@ async def _ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: i
     arrivals: list[float] = []
     usage: dict[str, object] = {}
     async with client.stream("POST", "/completions", json=body) as response:
-        response.raise_for_status()
+        if response.is_error:
+            await response.aread()
+            raise ValueError(f"{response.status_code}: {response.text[:500]}")
         async for line in response.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

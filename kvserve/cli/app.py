@@ -197,14 +197,14 @@ def bench(
 
         bench_kv(KvBenchOptions(model, pairs, depths, threads, cpu, as_json))
         return
-    from kvserve.cli.benching import BenchOptions, bench  # noqa: PLC0415
+    from kvserve.cli.benching import BenchOptions, bench, parse_streams  # noqa: PLC0415
 
     bench(
         BenchOptions(
             url=url,
             model=model,
             versus=tuple(versus or ()),
-            streams=tuple(int(count) for count in streams.split(",")),
+            streams=parse_streams(streams),
             requests=requests,
             prompt_words=prompt_words,
             shared_words=shared_words,

@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvserve.bench import load as loads
 from kvserve.bench import servers
 from kvserve.bench.report import plot, table
+from kvserve.cli.failing import writable
 from kvserve.cli.models import open_model
 from kvserve.core.dtypes import parse_pair
 from kvserve.errors import UsageError
 from kvserve.settings import load_settings
 
 WARM_UP = loads.Load(streams=1, requests_per_stream=1, prompt_words=64, max_tokens=8, seed=99)
+MOST_STREAMS = 1024
+"""Streams of one load: each is a connection of its own."""
 _TEMPLATE_TOKENS = 64
 
 
@@ -37,7 +41,11 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions) -> None:
-    """Measure and print. Servers that are started here take turns at each load, each alone."""
+    """Measure and print. Servers that are started here take turns at each load, each alone.
+
+    Raises UsageError, before anything is measured.
+    """
+    _check(options)
     series: dict[str, list[loads.Result]] = {}
     for streams in options.streams:
         load = loads.Load(
@@ -58,7 +66,40 @@ def bench(options: BenchOptions) -> None:
     else:
         print(table(series))
     if options.svg is not None:
-        options.svg.write_text(plot(series))
+        options.svg.expanduser().write_text(plot(series))
+
+
+def parse_streams(text: str) -> tuple[int, ...]:
+    """The loads of `--streams`, numbers of streams by commas. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) if part.isascii() and part.isdigit() else 0 for part in parts]
+    if not all(0 < number <= MOST_STREAMS for number in numbers):
+        raise UsageError(
+            f"--streams {text}: write numbers from 1 to {MOST_STREAMS} by commas, as 1,4,8",
+            param="streams",
+        )
+    return tuple(numbers)
+
+
+def _check(options: BenchOptions) -> None:
+    least = {
+        "requests": (options.requests, 1),
+        "prompt_words": (options.prompt_words, 1),
+        "shared_words": (options.shared_words, 0),
+        "max_tokens": (options.max_tokens, 1),
+    }
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: write {lowest} or more", param=name)
+    if options.shared_words > options.prompt_words:
+        raise UsageError(
+            f"--shared-words {options.shared_words}: at most the {options.prompt_words} words of "
+            "--prompt-words",
+            param="shared_words",
+        )
+    if options.svg is not None:
+        writable(options.svg, "svg")
 
 
 def _measure(url: str, load: loads.Load) -> loads.Result:
@@ -88,6 +129,10 @@ def _servers(options: BenchOptions, load: loads.Load) -> list[servers.Server]:
                 f"--versus {rival}: write llama-server=PATH, with further flags after it",
                 param="versus",
             )
-        program, *modes = rest.split()
+        program, *modes = rest.split() or [""]
+        if shutil.which(program) is None:
+            raise UsageError(
+                f"--versus {rival}: there is no program {program}: check the path", param="versus"
+            )
         started.append(servers.llama_server(program, settings, modes))
     return started

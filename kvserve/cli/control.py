@@ -82,9 +82,15 @@ def show_logs(port: str | None, state_dir: str | None, *, worker: bool, follow: 
     directory = _state_dir(state_dir)
     try:
         number = find_instance(directory, _port(port)).port
-    except UsageError:
+    except UsageError as error:
         if port is None:
-            raise
+            ended = _ended(directory)
+            if not ended or error.message.startswith("several"):
+                raise
+            raise UsageError(
+                f"no kvserve runs here; logs of some that ended are there: add --port {ended}",
+                param="port",
+            ) from error
         number = int(port)  # the log of a daemon that has ended
     paths = InstancePaths(directory, number)
     path = paths.worker_log if worker else paths.log
@@ -92,6 +98,13 @@ def show_logs(port: str | None, state_dir: str | None, *, worker: bool, follow: 
         raise UsageError(f"there is no log at {path}", param="port")
     for line in _lines(path, follow=follow):
         print(line if worker else _readable(line), flush=follow)
+
+
+def _ended(directory: Path) -> str:
+    """Ports that have a log, the latest first, as `8000 or 8080`; empty where none has."""
+    logs = [path for path in directory.glob("*.log") if path.stem.isdecimal()]
+    logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return " or ".join(path.stem for path in logs[:3])
 
 
 def _lines(path: Path, *, follow: bool) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 
+from kvserve.cli.failing import writable
 from kvserve.cli.models import NamedModel, open_model
 from kvserve.core.eval_room import Need
 from kvserve.core.loss import REFERENCE_PAIR, Quality
@@ -69,6 +70,12 @@ def evaluate(flags: Mapping[str, object], config: Path | None, options: EvalOpti
         chunks=options.chunks,
         tasks=options.tasks,
     )
+    if not scope.depths and not scope.tasks:
+        raise UsageError("--ctx none and no tasks: nothing to measure; name --tasks", param="ctx")
+    if options.seed < 0:
+        raise UsageError(f"--seed {options.seed}: write 0 or more", param="seed")
+    if options.html is not None:
+        writable(options.html, "html")
     target = read_target(settings, model.file)
     if options.ctx is None:
         scope = _within_room(target, scope)

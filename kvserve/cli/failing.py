@@ -4,11 +4,12 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 import typer
 
-from kvserve.errors import DoesNotFit, KvserveError
+from kvserve.errors import DoesNotFit, KvserveError, UsageError
 
 P = ParamSpec("P")
 
@@ -38,3 +39,18 @@ def report(error: KvserveError, *, as_json: bool = False) -> None:
         print(json.dumps({"error": {**body, "options": list(options)}}), file=sys.stderr)
         return
     print(f"kvserve: {error.message}", file=sys.stderr)
+
+
+def writable(path: Path, flag: str) -> None:
+    """Look whether a report can be written there, before work is done for it. Nothing is left
+    there, and a file that is there stays as it is. Raises UsageError, naming the flag."""
+    place = path.expanduser()
+    try:
+        was_there = place.exists()
+        place.open("a").close()
+        if not was_there:
+            place.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--{flag} {path}: {error.strerror}: name a file that can be written", param=flag
+        ) from error

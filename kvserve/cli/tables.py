@@ -48,6 +48,8 @@ def quality_lines(known: Known, n_ctx: int) -> list[str]:
     if known.profile is None:
         return []
     day = datetime.fromtimestamp(known.profile.measured_at, UTC).date()
+    if not known.quality.losses:
+        return [f"quality  priors; what was measured on {day} holds no KLD"]
     noise = known.quality.noise(n_ctx)
     return [f"quality  measured on {day}: KLD in nats against f16, whose own noise is {noise:.4f}"]
 

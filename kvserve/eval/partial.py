@@ -53,6 +53,7 @@ class Partial:
         lines = [msgspec.json.encode(each) for each in (_Head(fingerprint), *self._answers)]
         replace_file(path, b"".join(line + b"\n" for line in lines))
         self._file = path.open("ab")
+        self._dropped = False
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +64,8 @@ class Partial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._dropped and not self.done:
+            self.discard()  # nothing to go on from
         self._file.close()
         self._lock.close()
 
@@ -87,6 +90,7 @@ class Partial:
 
     def discard(self) -> None:
         """The evaluation is complete and stored elsewhere: drop the file."""
+        self._dropped = True  # from here on the name may be another process'
         self._file.close()
         self._path.unlink(missing_ok=True)
         self._path.with_suffix(".lock").unlink(missing_ok=True)

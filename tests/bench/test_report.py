@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
+import httpx
 import pytest
 
 from kvserve.bench.load import Answer, Load, Result, quantile, run, summarize
 from kvserve.bench.report import plot, table
+from kvserve.errors import WorkerFailed
 
 LOAD = Load(streams=2, requests_per_stream=3, prompt_words=20, max_tokens=4, shared_words=8)
 
@@ -66,8 +68,9 @@ class Canned(http.server.BaseHTTPRequestHandler):
         self.server.asked += 1  # type: ignore[attr-defined]
         if fails:
             self.send_response(500)
-            self.send_header("content-length", "0")
+            self.send_header("content-length", "6")
             self.end_headers()
+            self.wfile.write(b"no, no")
             return
         usage = {"completion_tokens": body["max_tokens"], "prompt_tokens": 20}
         chunks = [{"choices": [{"text": "x"}]}] * 3 + [{"choices": [], "usage": usage}]
@@ -97,3 +100,11 @@ def test_a_load_counts_tokens_by_usage_and_failures_apart(url: str) -> None:
     assert put.n_failed == 1
     assert put.n_tokens == 5 * 4
     assert put.n_prompt_tokens == 5 * 20
+
+
+def test_a_server_that_answers_nothing_is_quoted(url: str) -> None:
+    with httpx.Client() as client:
+        for _ in range(2):  # the third answer is the one that fails
+            client.post(f"{url}/completions", json={"max_tokens": 1})
+    with pytest.raises(WorkerFailed, match=r"no request was answered: .*500: no, no"):
+        asyncio.run(run(url, Load(1, 1, 20, 4)))

@@ -70,6 +70,12 @@ def test_a_run_that_died_goes_on_where_it_was(tmp_path: Path) -> None:
     assert speeds(outcome.quality) == {"f16:f16": 1.0, "q4_0:q4_0": 2.0}
 
 
+def test_a_run_that_died_at_once_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match="out of luck"):
+        run(JOB, Profiles(tmp_path), io.StringIO(), argv(die_at=0))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed):
         run(JOB, Profiles(tmp_path), io.StringIO(), argv(die_at=1))

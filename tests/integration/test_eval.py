@@ -138,6 +138,9 @@ def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
         (("--corpus", "/nowhere"), "--corpus /nowhere: No such file"),
         (("--form", "poem"), "--form poem: one of auto"),
         (("--tasks", "poetry"), "--tasks poetry: no such task"),
+        (("--ctx", "none", "--tasks", "none"), "nothing to measure"),
+        (("--seed", "-1"), "--seed -1: write 0 or more"),
+        (("--html", "/nowhere/page.html"), "--html /nowhere/page.html: No such file"),
     ],
 )
 def test_wrong_flags_are_one_line(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvserve.cli.tables import quality_lines
 from kvserve.core.dtypes import parse_pair
 from kvserve.core.loss import Quality, Speed
 from kvserve.supervisor.profiles import Profile, ProfileKey, Profiles, ProfileWatch
@@ -20,6 +21,12 @@ def test_round_trip(tmp_path: Path) -> None:
     known = profiles.read("some model/Q4", KEY)
     assert path.parent == tmp_path
     assert (known.quality, known.refusal, known.profile) == (QUALITY, None, PROFILE)
+
+
+def test_a_profile_without_a_kld_claims_no_quality(tmp_path: Path) -> None:
+    Profiles(tmp_path).write(PROFILE)
+    [line] = quality_lines(Profiles(tmp_path).read("some model/Q4", KEY), 1024)
+    assert line == "quality  priors; what was measured on 1970-01-01 holds no KLD"
 
 
 @pytest.mark.parametrize(
