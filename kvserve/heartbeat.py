@@ -12,6 +12,7 @@ from kvserve.supervisor.status import Status
 
 _LOOK_SECONDS = 1.0
 _ENDING = frozenset({Phase.STOPPING, Phase.STOPPED})
+_CHANGING = frozenset({Phase.OVERLAPPING, Phase.DRAINING, Phase.HANDOVER})
 
 
 class Heartbeat:
@@ -36,7 +37,9 @@ class Heartbeat:
         if status.phase in _ENDING:
             return
         text = _describe(status)
-        state = "ready" if self._service.ready else "reloading" if self._was_ready else "starting"
+        # A reload is one for systemd also where requests are answered until its last moment.
+        serving = self._service.ready and status.phase not in _CHANGING
+        state = "ready" if serving else "reloading" if self._was_ready else "starting"
         if (state, text) == self._told:
             return
         before = None if self._told is None else self._told[0]

@@ -119,6 +119,8 @@ def test_a_life_as_the_heart_tells_it(tmp_path):
     beat(Phase.DRAINING, False)
     beat(Phase.LEAVING, False)
     beat(Phase.SERVING, True)
+    beat(Phase.OVERLAPPING, True)
+    beat(Phase.SERVING, True)
     beat(Phase.FAILED, False, error="no memory")
     beat(Phase.STOPPING, False)
     serving = "STATUS=serving 32768 tokens of q8_0:q8_0"
@@ -128,6 +130,8 @@ def test_a_life_as_the_heart_tells_it(tmp_path):
         [],
         ["RELOADING=1", "STATUS=running requests finish before a reload"],
         ["STATUS=the old worker leaves before a reload"],
+        ["READY=1", serving],
+        ["RELOADING=1", "STATUS=requests are answered while the next worker loads"],
         ["READY=1", serving],
         ["RELOADING=1", "STATUS=the worker cannot be started: no memory"],
         [],

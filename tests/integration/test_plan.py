@@ -31,7 +31,7 @@ def test_the_json_contract(llama: str, state_dir: Path) -> None:
         "cache_type_k", "cache_type_v", "n_ctx", "n_gpu_layers", "n_cpu_moe", "flash_attn",
         "memory", "free_bytes", "headroom_bytes", "predicted_tps",
     }  # fmt: skip
-    items = {"weights", "kv", "recurrent", "compute", "output", "runtime"}
+    items = {"weights", "kv", "recurrent", "compute", "output", "runtime", "draft"}
     memory = chosen["memory"]
     assert set(memory) == {f"{item}_bytes" for item in items} | {"total_bytes"}
     assert sum(memory[f"{item}_bytes"] for item in items) == memory["total_bytes"]
