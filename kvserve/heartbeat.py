@@ -12,7 +12,6 @@ from kvserve.supervisor.status import Status
 
 _LOOK_SECONDS = 1.0
 _ENDING = frozenset({Phase.STOPPING, Phase.STOPPED})
-_CHANGING = frozenset({Phase.OVERLAPPING, Phase.DRAINING, Phase.HANDOVER})
 
 
 class Heartbeat:
@@ -37,8 +36,8 @@ class Heartbeat:
         if status.phase in _ENDING:
             return
         text = _describe(status)
-        # A reload is one for systemd also where requests are answered until its last moment.
-        serving = self._service.ready and status.phase not in _CHANGING
+        # Not `ready`: a reload is one for systemd also where requests are answered meanwhile.
+        serving = status.phase is Phase.SERVING
         state = "ready" if serving else "reloading" if self._was_ready else "starting"
         if (state, text) == self._told:
             return

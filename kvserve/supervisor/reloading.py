@@ -103,8 +103,17 @@ class Reloads(Loads):
         following = replace(state.following, beside_bytes=None, in_order_because=why)
         if why is not None:
             log.warning("the next worker has to wait for the present one's memory", reason=why)
-        pause_at = self._clock() + self._policy.drain_timeout
         self._beside(self._spawn_ahead(following))
+        self._begin_drain(state, following, waits_until=self._clock() + AHEAD_SECONDS)
+
+    def _begin_drain(
+        self,
+        state: Overlapping,
+        following: Attempt,
+        *,
+        waits_until: float = 0.0,
+        successor: Successor | None = None,
+    ) -> None:
         self._move(
             Event.RELOAD,
             Draining(
@@ -112,8 +121,9 @@ class Reloads(Loads):
                 state.attempt,
                 state.loaded,
                 following,
-                pause_at=pause_at,
-                waits_until=self._clock() + AHEAD_SECONDS,
+                pause_at=self._clock() + self._policy.drain_timeout,
+                waits_until=waits_until,
+                successor=successor,
             ),
         )
 
@@ -133,17 +143,7 @@ class Reloads(Loads):
                 self._update(replace(state, failed=message))
                 worker.kill()
             case Loaded(), Overlapping() as state:
-                self._move(
-                    Event.RELOAD,
-                    Draining(
-                        state.worker,
-                        state.attempt,
-                        state.loaded,
-                        state.following,
-                        pause_at=now + self._policy.drain_timeout,
-                        successor=Successor(worker, message),
-                    ),
-                )
+                self._begin_drain(state, state.following, successor=Successor(worker, message))
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
 

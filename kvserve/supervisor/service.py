@@ -14,7 +14,7 @@ class Service(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether a worker serves and no reload is under way."""
+        """Whether a worker serves, and new requests need not wait for a reload."""
         ...
 
     def submit(self, spec: GenerationSpec) -> Ticket:

@@ -90,11 +90,7 @@ class Drawer:
         unfinished = []
         for place, number, token in zip(places, numbers, tokens.tolist(), strict=True):
             wish = wishes[place]
-            took = (
-                wish.sampler.take(token)
-                if token >= 0
-                else wish.sampler.draw_alone(logits[wish.first], number)
-            )
+            took = wish.sampler.settle(logits[wish.first], number, token)
             drawn[place].append((took, None))
             if wish.accept(took) and wish.draft and took == wish.draft[0]:
                 unfinished.append(place)

@@ -9,6 +9,7 @@ its penalty step looks every token up in a hash map (0.17 ms against 0.01 ms).
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,8 @@ Row = NDArray[np.float32]
 Ids = NDArray[np.intp]
 Draw = Callable[[Row, float], int]
 """Draws from a row with a number in [0, 1)."""
+MakesDice = Callable[..., Dice]
+"""Makes the generator of a `stream`."""
 
 
 def fold_seed(seed: int | None) -> int:
@@ -89,10 +92,9 @@ class Sampler:
         )
         temperature = bounded(sampling.temperature, 0.0, 100.0, 1.0)
         self.greedy = temperature < _GREEDY_BELOW
-        seed = fold_seed(sampling.seed)
-        self._dice = None if self.greedy else Dice(seed, generation.n_generated)
-        more = Dice(seed, generation.n_generated, stream=1)
-        self._draw = _argmax if self.greedy else _draw(sampling, temperature, more)
+        dice = partial(Dice, fold_seed(sampling.seed), generation.n_generated)
+        self._dice = None if self.greedy else dice()
+        self._draw = _argmax if self.greedy else _draw(sampling, temperature, dice)
         self._plain = _plain(sampling, temperature)
 
     def plain(self, n_vocab: int) -> Plain | None:
@@ -110,14 +112,13 @@ class Sampler:
         self.edit(row)
         number, plain = self.number(), self.plain(len(row))
         token = -1 if plain is None else together.draw_one(row, plain, number)
-        return self.take(token) if token >= 0 else self.draw_alone(row, number)
+        return self.settle(row, number, token)
 
-    def draw_alone(self, row: Row, number: float) -> int:
-        """Draw with `number` from a row that was edited, and take the token."""
-        return self.take(self._draw(row, number))
-
-    def take(self, token: int) -> int:
-        """Note the token that was drawn from the edited row."""
+    def settle(self, row: Row, number: float, token: int) -> int:
+        """Take the `token` that was drawn together with others' from an edited row, or draw it
+        with the same `number` where that gave -1; returns it."""
+        if token < 0:
+            token = self._draw(row, number)
         self._penalties.accept(token)
         if self._dry is not None:
             self._dry.accept(token)
@@ -146,7 +147,7 @@ def _argmax(row: Row, _number: float) -> int:
 class _Shortlisted:
     """Shortens the list of tokens as llama.cpp does and in its order, and draws from it."""
 
-    def __init__(self, sampling: Sampling, temperature: float, dice: Dice) -> None:
+    def __init__(self, sampling: Sampling, temperature: float, dice: MakesDice) -> None:
         self._top_k = max(sampling.top_k, 0)
         self._typical_p = bounded(sampling.typical_p, 0.0, 1.0, 1.0)
         self._top_p = bounded(sampling.top_p, 0.0, 1.0, 1.0)
@@ -154,7 +155,7 @@ class _Shortlisted:
         self._xtc_probability = bounded(sampling.xtc_probability, 0.0, 1.0, 0.0)
         self._xtc_threshold = bounded(sampling.xtc_threshold, 0.0, 1.0, 0.1)
         self._temperature = np.float32(temperature)
-        self._xtc_dice = dice
+        self._xtc_dice = dice(stream=1) if self._xtc_probability > 0 else None
 
     def __call__(self, row: Row, number: float) -> int:
         ids = largest(row, self._top_k) if self._top_k else None
@@ -165,7 +166,7 @@ class _Shortlisted:
             ids, logits = _keep(nucleus(logits, self._top_p), ids, logits)
         if self._depth > -math.inf:
             ids, logits = _keep(above(logits, float(logits.max()) + self._depth), ids, logits)
-        if self._xtc_probability > 0 and self._xtc_dice.happens(self._xtc_probability):
+        if self._xtc_dice is not None and self._xtc_dice.happens(self._xtc_probability):
             kept = without_top_choices(logits, self._xtc_threshold)
             ids, logits = _keep(kept, ids, logits)
         drawn = weighted(logits / self._temperature, number)
@@ -179,9 +180,9 @@ def _keep(kept: Ids, ids: Ids | None, logits: Row) -> tuple[Ids, Row]:
 class _Whole:
     """Draws from all tokens: first a block of them, then one in there."""
 
-    def __init__(self, temperature: float, dice: Dice) -> None:
+    def __init__(self, temperature: float, dice: MakesDice) -> None:
         self._temperature = np.float32(temperature)
-        self._dice = dice
+        self._dice = dice(stream=1)
 
     def __call__(self, row: Row, number: float) -> int:
         highest = row.max()
@@ -214,7 +215,7 @@ def _plain(sampling: Sampling, temperature: float) -> Plain | None:
     return Plain(sampling.top_k, top_p, _depth(sampling), temperature)
 
 
-def _draw(sampling: Sampling, temperature: float, dice: Dice) -> Draw:
+def _draw(sampling: Sampling, temperature: float, dice: MakesDice) -> Draw:
     if sampling.mirostat in (1, 2):
         tau = bounded(sampling.mirostat_tau, 0.0, 100.0, 5.0)
         eta = bounded(sampling.mirostat_eta, 0.0, 1.0, 0.1)

@@ -262,7 +262,7 @@ machines = st.builds(
 shapes = st.sampled_from([llama3_8b(), qwen25_32b(), hybrid_4b(), plain(window_every=6)])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(shapes, machines, requests)
 def test_a_plan_fits_is_allowed_and_nothing_better_fits(
     shape: ModelShape, box: Machine, request: Request
@@ -289,7 +289,7 @@ def test_a_plan_fits_is_allowed_and_nothing_better_fits(
         assert chosen.launch.n_ctx >= request.n_ctx
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.floats(4, 12), st.floats(0, 4), st.integers(2048, 65536))
 def test_more_memory_never_gives_a_worse_plan(free: float, more: float, n_ctx: int) -> None:
     small = select(llama3_8b(), machine(free), Request(n_ctx=n_ctx)).chosen

@@ -237,3 +237,12 @@ def load_message(model_path: str) -> Callable[..., Load]:
         return Load(**(usual | fields))
 
     return build
+
+
+@pytest.fixture(scope="module")
+def worker(worker_factory: Workers, load_message: Callable[..., Load]) -> Iterator[Peer]:
+    """A worker that has loaded the small model."""
+    peer = worker_factory.start()
+    assert isinstance(peer.load(load_message()), Loaded)
+    yield peer
+    peer.process.kill()

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from kvserve.dialects.grammar import CallGrammars
 from kvserve.dialects.parts import Arguments, CallBegun, Content
 from kvserve.dialects.reader import Reader
 from kvserve.errors import InvalidRequest
-from kvserve.ipc.messages import ChatMessage, ChatPrompt, Failed, Grammar, Loaded, Sampling, Tools
+from kvserve.ipc.messages import ChatMessage, ChatPrompt, Failed, Grammar, Sampling, Tools
 from kvserve.worker.calls import CallConstraint, CallConstraints, functions_of
 from kvserve.worker.grammar import GrammarCompiler
 from tests.dialects.answers import CASES, DEEPSEEK, FORMS, FUNCTIONS, HARMONY, HERMES, MISTRAL
@@ -223,14 +222,6 @@ def test_a_schema_that_cannot_be_followed_matters_where_it_must_be() -> None:
         with pytest.raises(InvalidRequest, match="elsewhere") as caught:
             constraints().make(Tools(odd.text, **choice), HERMES, None, ())
         assert caught.value.param == "tools[0].function.parameters"
-
-
-@pytest.fixture(scope="module")
-def worker(worker_factory, load_message) -> Iterator[Peer]:
-    peer = worker_factory.start()
-    assert isinstance(peer.load(load_message(n_threads=1, n_threads_batch=1)), Loaded)
-    yield peer
-    peer.process.kill()
 
 
 GREEDY = Sampling(temperature=0.0)

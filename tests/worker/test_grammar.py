@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 
 import pytest
 from llguidance import LLTokenizer
@@ -13,7 +12,6 @@ from kvserve.ipc.messages import (
     ChatPrompt,
     Failed,
     Grammar,
-    Loaded,
     Sampling,
 )
 from kvserve.worker.grammar import GrammarCompiler
@@ -33,14 +31,6 @@ SCHEMA = {
 JSON = Grammar("json_schema", json.dumps(SCHEMA))
 ASK = ChatPrompt((ChatMessage("user", "Describe a person as JSON."),))
 DRAWN = Sampling(temperature=1.5, top_k=0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def worker(worker_factory, load_message) -> Iterator[Peer]:
-    peer = worker_factory.start()
-    assert isinstance(peer.load(load_message(n_threads=1, n_threads_batch=1)), Loaded)
-    yield peer
-    peer.process.kill()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), DRAWN], ids=["greedy", "drawn"])
