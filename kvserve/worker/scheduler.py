@@ -150,6 +150,12 @@ class Scheduler:
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations)
 
+    def may_repeat(self, n_chunks: int) -> bool:
+        """Whether, after a batch with one token of each of `n_chunks` requests that is not
+        committed yet, `plan` would choose the same requests again where none of them ends: all of
+        those that run are among them, and nothing must leave the cache for them."""
+        return n_chunks == len(self._running) and self.cache.n_free >= 2 * n_chunks
+
     def commit(self, batch: Batch) -> None:
         """The batch was decoded: its tokens are in the cache now."""
         entries = {entry.id: entry for entry in self._running}
