@@ -5,7 +5,7 @@ from functools import partial
 
 from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
-from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
+from kvserve.worker.drawing import Drawer, Drawn, Round, Rows, Wish
 from kvserve.worker.job import Job
 from kvserve.worker.llama import Batch, Context
 
@@ -19,7 +19,7 @@ class Executor:
         self._drawer = drawer
         self._store = store
         self._batch = Batch(context.n_batch)
-        self._wishes: list[Wish] = []
+        self._round: Round | None = None
         self._tokens: list[int] = []
 
     def change_memory(self, operations: tuple[Operation, ...]) -> None:
@@ -51,7 +51,7 @@ class Executor:
             )
             if chunk.draft:
                 batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
-        self._wishes = []
+        self._round = None
         self._context.submit(batch)
 
     def submit_again(self) -> None:
@@ -70,12 +70,13 @@ class Executor:
         if not n_outputs:
             return []
         logits = self._context.logits(n_outputs)
-        self._wishes = self._wishes or self._wishes_of(plan, jobs, logits)
-        drawn = self._drawer.draw(logits, self._wishes)
+        if self._round is None:
+            self._round = Round(self._wishes(plan, jobs, logits), logits.shape[1])
+        drawn = self._drawer.draw(logits, self._round)
         self._tokens = [draws[-1][0] for draws in drawn]
-        return list(zip(self._wishes, drawn, strict=True))
+        return list(zip(self._round.wishes, drawn, strict=True))
 
-    def _wishes_of(self, plan: Plan, jobs: Mapping[int, Job], logits: Rows) -> list[Wish]:
+    def _wishes(self, plan: Plan, jobs: Mapping[int, Job], logits: Rows) -> list[Wish]:
         wishes, first = [], 0
         for chunk in plan.chunks:
             job, end = jobs[chunk.id], first + chunk.n_outputs

@@ -42,6 +42,32 @@ class Plain:
         return 2 * self.top_k <= n_vocab // block_size(n_vocab)
 
 
+class Settings(NamedTuple):
+    """The settings of several rows' draws: arrays with a number for each row. A `top_p` of 1 is
+    infinite: it keeps all, whatever the sums round to."""
+
+    top_k: Ids
+    top_p: NDArray[np.float64]
+    depth: NDArray[np.float64]
+    temperature: NDArray[np.float64]
+
+    @staticmethod
+    def of(plain: Sequence[Plain]) -> "Settings":
+        """The settings of some draws."""
+        return Settings(
+            np.array([one.top_k for one in plain], dtype=np.intp),
+            np.array([one.top_p if one.top_p < 1 else np.inf for one in plain]),
+            np.array([one.depth for one in plain], dtype=np.float64),
+            np.array([one.temperature for one in plain], dtype=np.float64),
+        )
+
+    def some(self, rows: "slice | NDArray[np.bool_]") -> "Settings":
+        """Those of some of the rows."""
+        return Settings(
+            self.top_k[rows], self.top_p[rows], self.depth[rows], self.temperature[rows]
+        )
+
+
 class Candidates(NamedTuple):
     """Row, token and logit of all that may be drawn, and some more; by row, then token."""
 
@@ -58,9 +84,9 @@ def block_size(n_vocab: int) -> int:
     return size
 
 
-def candidates(logits: Rows, index: Ids, plain: Sequence[Plain]) -> Candidates:
-    """What may be drawn from the rows `logits[index[i]]`, called row i, by the settings `plain[i]`.
-    Mostly without the GIL.
+def candidates(logits: Rows, index: Ids, top_k: Ids) -> Candidates:
+    """The `top_k[i]` likeliest tokens, and some more, of each of the rows `logits[index[i]]`, which
+    is called row i. Mostly without the GIL.
 
     Where `top_k` blocks have a maximum of at least x, at least as many logits are at least x: only
     those blocks are looked at.
@@ -69,7 +95,7 @@ def candidates(logits: Rows, index: Ids, plain: Sequence[Plain]) -> Candidates:
     size = block_size(n_vocab)
     n_whole = n_vocab // size
     maxima = _maxima(logits, index, size)
-    least = _least(maxima, [one.top_k for one in plain])
+    least = _least(maxima, top_k)
     whole = logits[:, : n_whole * size].reshape(len(logits), n_whole, size)
     # Of two-dimensional arrays `nonzero` takes ten times as long as of flat ones.
     hits = np.flatnonzero(maxima[:, :n_whole] >= least[:, None])
@@ -101,26 +127,25 @@ def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
     return Candidates(np.concatenate(rows), np.concatenate(ids), np.concatenate(logits))
 
 
-def draw(
-    found: Candidates, plain: Sequence[Plain], numbers: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """A token of each row by the settings `plain[i]` and the random number `numbers[i]` in [0, 1);
-    -1 where a row has no finite logit, or far more of its likeliest than are asked for.
+def draw(found: Candidates, settings: Settings, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """A token of each row by its settings and the random number `numbers[i]` in [0, 1); -1 where a
+    row has no finite logit, or far more of its likeliest than are asked for.
 
     The draw goes along the tokens in the vocabulary's order: rounding hardly ever changes it.
     """
-    counts = np.bincount(found.rows, minlength=len(plain))
+    n_rows = len(numbers)
+    counts = np.bincount(found.rows, minlength=n_rows)
     if counts.min() == 0 or counts.max() > _MOST_CANDIDATES:
-        return _draw_some(found, counts, plain, numbers)
+        return _draw_some(found, counts, settings, numbers)
     starts = np.cumsum(counts) - counts
     # A table with a row for each sequence: its candidates, then nothing.
-    table = np.full((len(plain), counts.max()), -np.inf)
+    table = np.full((n_rows, counts.max()), -np.inf)
     table[found.rows, np.arange(len(found.rows)) - starts[found.rows]] = found.logits
     falling = np.sort(table, axis=1)[:, ::-1]
     highest = falling[:, :1]
-    n_kept = _n_kept(falling - highest, plain)
-    lowest = falling[np.arange(len(plain)), n_kept - 1]
-    weights = np.exp((table - highest) / np.array([[one.temperature] for one in plain]))
+    n_kept = _n_kept(falling - highest, settings)
+    lowest = falling[np.arange(n_rows), n_kept - 1]
+    weights = np.exp((table - highest) / settings.temperature[:, None])
     weights[table < lowest[:, None]] = 0
     sums = np.cumsum(weights, axis=1)
     totals = sums[:, -1]
@@ -132,22 +157,22 @@ def draw(
 
 def draw_one(row: NDArray[np.float32], plain: Plain, number: float) -> int:
     """The same for one row."""
-    found = candidates(row[None, :], np.zeros(1, dtype=np.intp), [plain])
-    return int(draw(found, [plain], np.array([number]))[0])
+    settings = Settings.of([plain])
+    found = candidates(row[None, :], np.zeros(1, dtype=np.intp), settings.top_k)
+    return int(draw(found, settings, np.array([number]))[0])
 
 
 def _draw_some(
-    found: Candidates, counts: Ids, plain: Sequence[Plain], numbers: NDArray[np.float64]
+    found: Candidates, counts: Ids, settings: Settings, numbers: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """The tokens of those rows that have enough candidates and not too many."""
-    tokens = np.full(len(plain), -1, dtype=np.int64)
+    tokens = np.full(len(numbers), -1, dtype=np.int64)
     usable = (counts > 0) & (counts <= _MOST_CANDIDATES)
     if usable.any():
         kept = usable[found.rows]
         rows = (np.cumsum(usable) - 1)[found.rows[kept]]
         some = Candidates(rows, found.ids[kept], found.logits[kept])
-        mine = [one for one, use in zip(plain, usable.tolist(), strict=True) if use]
-        tokens[usable] = draw(some, mine, numbers[usable])
+        tokens[usable] = draw(some, settings.some(usable), numbers[usable])
     return tokens
 
 
@@ -169,28 +194,26 @@ def _maxima(logits: Rows, index: Ids, size: int) -> Rows:
     return maxima
 
 
-def _least(maxima: Rows, top_k: Sequence[int]) -> Rows:
+def _least(maxima: Rows, top_k: Ids) -> Rows:
     """Of each row a logit that at least `top_k` reach, above what is banned."""
     n_blocks = maxima.shape[1]
     least = np.empty(len(maxima), dtype=np.float32)
-    for k in set(top_k):
-        those = np.array([one == k for one in top_k])
+    for k in set(top_k.tolist()):
+        those = top_k == k
         least[those] = np.partition(maxima[those], n_blocks - k, axis=1)[:, n_blocks - k]
     return np.maximum(least, np.float32(_LEAST))
 
 
-def _n_kept(below: NDArray[np.float64], plain: Sequence[Plain]) -> NDArray[np.int64]:
+def _n_kept(below: NDArray[np.float64], settings: Settings) -> NDArray[np.int64]:
     """How many of each row's candidates are left, which are `below` the highest and falling."""
-    top_k = np.array([one.top_k for one in plain])
+    top_k, top_p, depth, _ = settings
     n_kept: NDArray[np.int64] = np.minimum(top_k, (below > -np.inf).sum(axis=1))
-    if any(one.top_p < 1 for one in plain):
+    if top_p.min() < 1:
         weights = np.exp(below)
         weights[np.arange(below.shape[1]) >= n_kept[:, None]] = 0
         sums = np.cumsum(weights, axis=1)
-        # A top_p of 1 keeps all, whatever the sums round to.
-        wanted = np.array([[one.top_p if one.top_p < 1 else np.inf] for one in plain])
-        n_kept = np.minimum(n_kept, (sums < wanted * sums[:, -1:]).sum(axis=1) + 1)
-    if any(one.depth > -np.inf for one in plain):
-        n_in = (below >= np.array([[one.depth] for one in plain])).sum(axis=1)
+        n_in = (sums < top_p[:, None] * sums[:, -1:]).sum(axis=1) + 1
         n_kept = np.minimum(n_kept, n_in)
+    if depth.max() > -np.inf:
+        n_kept = np.minimum(n_kept, (below >= depth[:, None]).sum(axis=1))
     return n_kept
