@@ -20,6 +20,7 @@ Rows = NDArray[np.float32]
 Drawn = list[tuple[int, TokenLogprobs | None]]
 
 _FEWEST = 2
+_FEWEST_TOGETHER = 8
 """Rows for each thread below which handing them over costs more than it saves."""
 
 
@@ -91,7 +92,7 @@ class Drawer:
             for place in alone[start:end]:
                 self._draw_alone(logits, todo.wishes[place], drawn[place])
 
-        self._share(draw_alone, len(alone))
+        self._share(draw_alone, len(alone), _FEWEST)
         return drawn
 
     def _draw_together(self, logits: Rows, todo: Round, drawn: list[Drawn]) -> list[int]:
@@ -100,14 +101,16 @@ class Drawer:
         if todo.banned is not None:
             logits.reshape(-1)[todo.banned] = NEVER
         if todo.edited:
-            self._share(lambda start, end: _edit(logits, todo.edited[start:end]), len(todo.edited))
+            self._share(
+                lambda start, end: _edit(logits, todo.edited[start:end]), len(todo.edited), _FEWEST
+            )
         parts: dict[int, Candidates] = {}
 
         def find(start: int, end: int) -> None:
             index, top_k = todo.index[start:end], todo.settings.top_k[start:end]
             parts[start] = together.candidates(logits, index, top_k)
 
-        self._share(find, len(todo.together))
+        self._share(find, len(todo.together), _FEWEST_TOGETHER)
         numbers = [todo.wishes[place].sampler.number() for place in todo.together]
         starts = sorted(parts)
         found = together.joined([parts[start] for start in starts], starts)
@@ -137,10 +140,10 @@ class Drawer:
         token = wish.sampler.sample(row)
         return token, token_logprobs(wish.id, untouched, token, wish.n_logprobs, self._piece)
 
-    def _share(self, work: Callable[[int, int], None], n: int) -> None:
-        """Let the threads do the `work` of `n` rows, which is told where its part begins and
-        ends."""
-        n_shares = max(1, min(self._team.n_threads, n // _FEWEST))
+    def _share(self, work: Callable[[int, int], None], n: int, fewest: int) -> None:
+        """Let the threads do the `work` of `n` rows, at least `fewest` each; it is told where its
+        part begins and ends."""
+        n_shares = max(1, min(self._team.n_threads, n // fewest))
         borders = [n * share // n_shares for share in range(n_shares + 1)]
         if n:
             self._team.share(work, list(itertools.pairwise(borders)))

@@ -33,7 +33,7 @@ from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.stepping import Stepper
 
-_MOST_SAMPLING_THREADS = 8
+_MOST_SAMPLING_THREADS = 4
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
 

@@ -18,8 +18,11 @@ Rows = NDArray[np.float32]
 Ids = NDArray[np.intp]
 
 _LEAST = float(np.nextafter(np.float32(NEVER), np.float32(0)))
-_LARGEST_BLOCK = 512
-_FEWEST_BLOCKS = 128
+_GROUP = 12
+_WIDTH = 3000
+"""Columns that a row is folded into. No power of two: the logits of a column would all fall into
+the same few lines of the processor's cache."""
+_LEAST_DEPTH = 8
 _MOST_CANDIDATES = 1024
 """Of a row with more logits that equal its k-th largest, the draw is left to others."""
 
@@ -39,7 +42,7 @@ class Plain:
 
     def suits(self, n_vocab: int) -> bool:
         """Whether the list is short beside the vocabulary."""
-        return 2 * self.top_k <= n_vocab // block_size(n_vocab)
+        return 2 * self.top_k <= min(width(n_vocab), _MOST_CANDIDATES)
 
 
 class Settings(NamedTuple):
@@ -76,46 +79,37 @@ class Candidates(NamedTuple):
     logits: Rows
 
 
-def block_size(n_vocab: int) -> int:
-    """Tokens to a block: of a large vocabulary about its root."""
-    size = _LARGEST_BLOCK
-    while size > 1 and n_vocab // size < _FEWEST_BLOCKS:
-        size //= 2
-    return size
+def width(n_vocab: int) -> int:
+    """Columns that a row is folded into, a multiple of the group of columns; 0 for few tokens."""
+    return min(_WIDTH, n_vocab // _LEAST_DEPTH // _GROUP * _GROUP)
 
 
 def candidates(logits: Rows, index: Ids, top_k: Ids) -> Candidates:
     """The `top_k[i]` likeliest tokens, and some more, of each of the rows `logits[index[i]]`, which
     is called row i. Mostly without the GIL.
 
-    Where `top_k` blocks have a maximum of at least x, at least as many logits are at least x: only
-    those blocks are looked at.
+    Where the maxima of `top_k` columns are at least x, at least as many logits are at least x: only
+    those columns are looked at.
     """
     n_vocab = logits.shape[1]
-    size = block_size(n_vocab)
-    n_whole = n_vocab // size
-    maxima = _maxima(logits, index, size)
+    n_columns = width(n_vocab)
+    depth, n_rest = divmod(n_vocab, n_columns)
+    maxima = _maxima(logits, index, n_columns)
     least = _least(maxima, top_k)
-    whole = logits[:, : n_whole * size].reshape(len(logits), n_whole, size)
     # Of two-dimensional arrays `nonzero` takes ten times as long as of flat ones.
-    hits = np.flatnonzero(maxima[:, :n_whole] >= least[:, None])
-    rows = hits // n_whole
-    blocks = hits - rows * n_whole
-    values = whole[index[rows], blocks]
+    hits = np.flatnonzero(maxima >= least[:, None])
+    rows = hits // n_columns
+    columns = hits - rows * n_columns
+    places = columns[:, None] + np.arange(0, (depth + (n_rest > 0)) * n_columns, n_columns)
+    flat = logits.reshape(-1)
+    values = flat.take(places + (index[rows] * n_vocab)[:, None], mode="clip")
+    if n_rest:
+        values[columns >= n_rest, -1] = -np.inf
     found = np.flatnonzero(values >= least[rows, None])
-    hit = found // size
-    rows, ids = rows[hit], blocks[hit] * size + (found - hit * size)
-    values = values.ravel()[found]
-    last = np.flatnonzero(maxima[:, -1] >= least) if n_whole < maxima.shape[1] else ()
-    if len(last):
-        rest = logits[index[last], n_whole * size :]
-        more, within = np.nonzero(rest >= least[last, None])
-        rows = np.concatenate((rows, last[more]))
-        by_row = np.argsort(rows, kind="stable")
-        rows = rows[by_row]
-        ids = np.concatenate((ids, n_whole * size + within))[by_row]
-        values = np.concatenate((values, rest[more, within]))[by_row]
-    return Candidates(rows, ids, values)
+    keys = np.sort((places + (rows * n_vocab)[:, None]).ravel()[found])
+    rows = keys // n_vocab
+    ids = keys - rows * n_vocab
+    return Candidates(rows, ids, flat[index[rows] * n_vocab + ids])
 
 
 def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
@@ -176,31 +170,32 @@ def _draw_some(
     return tokens
 
 
-def _maxima(logits: Rows, index: Ids, size: int) -> Rows:
-    """The largest logit of each block, shape (rows, blocks); a shorter block may be the last."""
-    n_vocab = logits.shape[1]
-    n_whole = n_vocab // size
-    maxima = np.empty((len(index), -(-n_vocab // size)), dtype=np.float32)
-    first, last = int(index[0]), int(index[-1])
-    if last - first == len(index) - 1:
-        spans = [(logits[first : last + 1], maxima)]
+def _maxima(logits: Rows, index: Ids, n_columns: int) -> Rows:
+    """The largest logit of each column, shape (rows, columns)."""
+    depth, n_rest = divmod(logits.shape[1], n_columns)
+    maxima = np.empty((len(index), n_columns), dtype=np.float32)
+    first = int(index[0])
+    if (index == np.arange(first, first + len(index))).all():
+        spans = [(logits[first : first + len(index)], maxima)]
     else:
         spans = [(logits[i : i + 1], maxima[n : n + 1]) for n, i in enumerate(index.tolist())]
     for rows, found in spans:
-        whole = rows[:, : n_whole * size].reshape(len(rows), n_whole, size)
-        whole.max(axis=2, out=found[:, :n_whole])
-        if n_whole < maxima.shape[1]:
-            rows[:, n_whole * size :].max(axis=1, out=found[:, -1])
+        n_whole = depth * n_columns
+        rows[:, :n_whole].reshape(len(rows), depth, n_columns).max(axis=1, out=found)
+        if n_rest:
+            np.maximum(found[:, :n_rest], rows[:, n_whole:], out=found[:, :n_rest])
     return maxima
 
 
 def _least(maxima: Rows, top_k: Ids) -> Rows:
     """Of each row a logit that at least `top_k` reach, above what is banned."""
-    n_blocks = maxima.shape[1]
+    groups = maxima.reshape(len(maxima), _GROUP, -1).max(axis=1)
     least = np.empty(len(maxima), dtype=np.float32)
     for k in set(top_k.tolist()):
         those = top_k == k
-        least[those] = np.partition(maxima[those], n_blocks - k, axis=1)[:, n_blocks - k]
+        bests = (groups if 2 * k <= groups.shape[1] else maxima)[those]
+        border = bests.shape[1] - k
+        least[those] = np.partition(bests, border, axis=1)[:, border]
     return np.maximum(least, np.float32(_LEAST))
 
 
