@@ -51,6 +51,11 @@ class Scheduler:
         return sum(entry.decoding for entry in self._running)
 
     @property
+    def n_unanswered(self) -> int:
+        """Requests that wait for their first token and have a place, or can get one."""
+        return min(self.n_slots, len(self._running) + len(self._waiting)) - self.n_decoding
+
+    @property
     def decoding(self) -> tuple[int, ...]:
         """The requests that generate, the oldest first."""
         return tuple(entry.id for entry in self._running if entry.decoding)

@@ -95,9 +95,8 @@ class Stepper:
         """Decode a batch, and more of them while nothing changes but the tokens."""
         self._cold.restore(self._scheduler)
         asks = self._asks()
-        plan = self._scheduler.plan(
-            self._pace.limit(self._scheduler.n_decoding), self._propose(asks)
-        )
+        n_prefill = self._pace.limit(self._scheduler.n_decoding, self._scheduler.n_unanswered)
+        plan = self._scheduler.plan(n_prefill, self._propose(asks))
         self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
