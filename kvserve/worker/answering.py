@@ -1,6 +1,6 @@
 """Completes task prompts greedily, with each pair."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, LoadError  # isort: skip
 
 from collections.abc import Callable

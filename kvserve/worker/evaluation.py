@@ -1,6 +1,6 @@
 """An evaluation from the load to the last answer: text first, then tasks, then speed."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, start_backend  # isort: skip
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Scores K-V pairs on a text, piece by piece, against one reference context."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, LoadError  # isort: skip
 
 from collections.abc import Callable, Iterator
