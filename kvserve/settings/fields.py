@@ -116,7 +116,7 @@ class Settings(BaseModel):
     )
     draft_model: values.TextOrNone = Field(
         None,
-        description="Path of a GGUF file with a small model of the same vocabulary, for "
+        description="Path of a GGUF file with a small model of the same vocabulary, or `demo`, for "
         "speculative decoding.",
     )
     draft_max: Annotated[int, BeforeValidator(values.whole(1, 64))] = Field(
