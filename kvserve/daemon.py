@@ -70,6 +70,29 @@ def introduce(prepared: Prepared, sock: socket.socket) -> Listening:
     return Listening(sock, paths, instance)
 
 
+def policy_of(prepared: Prepared) -> Policy:
+    """The supervisor's limits, from the settings."""
+    settings = prepared.settings
+    return Policy(
+        model_path=str(prepared.model.path),
+        model_identity=prepared.model.identity,
+        n_threads=settings.n_threads(prepared.machine.host),
+        queue_limit=settings.queue_limit,
+        request_timeout=settings.request_timeout,
+        drain_timeout=settings.drain_timeout,
+        pause_timeout=settings.pause_timeout,
+        load_timeout=settings.load_timeout,
+        step_timeout=settings.step_timeout,
+        carry_bytes=settings.carry_bytes,
+        cache_bytes=settings.cache_bytes,
+        growth=settings.growth(prepared.model.shape.n_ctx_train),
+        serves_below_floor=settings.below_floor == "serve",
+        speculate=settings.speculation,
+        n_draft_each=settings.draft_max,
+        draft_path=None if prepared.draft is None else str(prepared.draft.path),
+    )
+
+
 async def serve(
     prepared: Prepared,
     listening: Listening,
@@ -81,29 +104,11 @@ async def serve(
     `on_progress` is told several times a second how far the load is, `on_ready` once. Raises the
     KvserveError of a first load that failed.
     """
-    settings = prepared.settings
-    policy = Policy(
-        model_path=str(prepared.model.path),
-        model_identity=prepared.model.identity,
-        n_threads=settings.n_threads(prepared.machine.host),
-        queue_limit=settings.queue_limit,
-        request_timeout=settings.request_timeout,
-        drain_timeout=settings.drain_timeout,
-        load_timeout=settings.load_timeout,
-        step_timeout=settings.step_timeout,
-        carry_bytes=settings.carry_bytes,
-        cache_bytes=settings.cache_bytes,
-        growth=settings.growth(prepared.model.shape.n_ctx_train),
-        serves_below_floor=settings.below_floor == "serve",
-        speculate=settings.speculation,
-        n_draft_each=settings.draft_max,
-        draft_path=None if prepared.draft is None else str(prepared.draft.path),
-    )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)
     supervisor = Supervisor(
         prepared.plan,
-        policy,
+        policy_of(prepared),
         ProcessSpawner(listening.paths.worker_log),
         MachinePlanner(prepared.decider),
         observer=metrics,

@@ -157,6 +157,12 @@ class Settings(BaseModel):
         description="How long a reload waits for running requests before it pauses them; paused "
         "ones go on in the same stream.",
     )
+    pause_timeout: values.PositiveSeconds = Field(
+        10.0,
+        description="How long the step may take after which a worker pauses for a reload, beside "
+        "the copying of its sequences; one that takes longer is killed, and its requests are "
+        "computed again.",
+    )
     carry_ram: values.SizeOrAuto = Field(
         "auto",
         description="Host memory for conversations' KV cache on its way to the next worker, as "
