@@ -82,11 +82,12 @@ class Settings(BaseModel):
         "`serve` with a warning in a header, or `refuse` with 409.",
     )
     reasoning_format: Annotated[
-        Literal["auto", "none"], BeforeValidator(values.choice("auto", "none"))
+        Literal["auto", "deepseek", "none"],
+        BeforeValidator(values.choice("auto", "deepseek", "none")),
     ] = Field(
         "auto",
-        description="Where a model's reasoning goes: `auto` tells it as `reasoning_content`, "
-        "`none` leaves it in the text.",
+        description="Where a model's reasoning goes: `auto`, or `deepseek` as llama-server also "
+        "calls it, tells it as `reasoning_content`, `none` leaves it in the text.",
     )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
