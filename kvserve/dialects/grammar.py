@@ -47,8 +47,8 @@ class CallGrammars:
         return f"{self._grammar(f'{self._reasoning()} (calls | answer)')}\n{answer}"
 
     def after_trigger(self) -> str:
-        """The rest of an answer after the mark that `CallWatch` sees: that call, and where `parallel`
-        further ones."""
+        """The rest of an answer after the mark that `CallWatch` sees: that call, and where
+        `parallel` further ones."""
         return self._grammar("rest")
 
     def _grammar(self, start: str) -> str:
