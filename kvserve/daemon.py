@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import os
 import secrets
 import signal
@@ -20,7 +19,6 @@ from kvserve.api.config import ApiConfig
 from kvserve.api.malformed import JsonErrorProtocol
 from kvserve.core.lifecycle import Phase
 from kvserve.device.host import process_started_at
-from kvserve.errors import UsageError
 from kvserve.heartbeat import beating
 from kvserve.instance import (
     Instance,
@@ -40,9 +38,7 @@ from kvserve.supervisor.status import Status
 
 log = structlog.get_logger(__name__)
 
-_BACKLOG = 1024
 _PROGRESS_SECONDS = 0.2
-_PORTS_TRIED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +50,10 @@ class Listening:
     instance: Instance
 
 
-def listen(prepared: Prepared) -> Listening:
-    """Take the port, and leave the instance record for the other commands.
-
-    Raises UsageError where the address cannot be had, with a port that can.
-    """
+def introduce(prepared: Prepared, sock: socket.socket) -> Listening:
+    """Leave the instance record of a daemon that has this socket for the other commands. Raises
+    UsageError where the disk takes none."""
     settings = prepared.settings
-    sock = _bind(settings.host, settings.port)
     port = sock.getsockname()[1]
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     instance = Instance(
@@ -77,6 +70,29 @@ def listen(prepared: Prepared) -> Listening:
     return Listening(sock, paths, instance)
 
 
+def policy_of(prepared: Prepared) -> Policy:
+    """The supervisor's limits, from the settings."""
+    settings = prepared.settings
+    return Policy(
+        model_path=str(prepared.model.path),
+        model_identity=prepared.model.identity,
+        n_threads=settings.n_threads(prepared.machine.host),
+        queue_limit=settings.queue_limit,
+        request_timeout=settings.request_timeout,
+        drain_timeout=settings.drain_timeout,
+        pause_timeout=settings.pause_timeout,
+        load_timeout=settings.load_timeout,
+        step_timeout=settings.step_timeout,
+        carry_bytes=settings.carry_bytes,
+        cache_bytes=settings.cache_bytes,
+        growth=settings.growth(prepared.model.shape.n_ctx_train),
+        serves_below_floor=settings.below_floor == "serve",
+        speculate=settings.speculation,
+        n_draft_each=settings.draft_max,
+        draft_path=None if prepared.draft is None else str(prepared.draft.path),
+    )
+
+
 async def serve(
     prepared: Prepared,
     listening: Listening,
@@ -88,29 +104,11 @@ async def serve(
     `on_progress` is told several times a second how far the load is, `on_ready` once. Raises the
     KvserveError of a first load that failed.
     """
-    settings = prepared.settings
-    policy = Policy(
-        model_path=str(prepared.model.path),
-        model_identity=prepared.model.identity,
-        n_threads=settings.n_threads(prepared.machine.host),
-        queue_limit=settings.queue_limit,
-        request_timeout=settings.request_timeout,
-        drain_timeout=settings.drain_timeout,
-        load_timeout=settings.load_timeout,
-        step_timeout=settings.step_timeout,
-        carry_bytes=settings.carry_bytes,
-        cache_bytes=settings.cache_bytes,
-        growth=settings.growth(prepared.model.shape.n_ctx_train),
-        serves_below_floor=settings.below_floor == "serve",
-        speculate=settings.speculation,
-        n_draft_each=settings.draft_max,
-        draft_path=None if prepared.draft is None else str(prepared.draft.path),
-    )
     metrics = Metrics(__version__, tuple(Phase))
     notifier = Notifier.from_environment(os.environ)
     supervisor = Supervisor(
         prepared.plan,
-        policy,
+        policy_of(prepared),
         ProcessSpawner(listening.paths.worker_log),
         MachinePlanner(prepared.decider),
         observer=metrics,
@@ -241,64 +239,3 @@ async def _reporting(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-def check_host(host: str) -> None:
-    """Raise UsageError where `host` is no address of this machine."""
-    try:
-        _listening_socket(host, 0).close()
-    except OSError as error:
-        raise _bad_host(host, error) from error
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        return _listening_socket(host, port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            free = _free_port_after(host, port)
-            hint = f"use --port {free}" if free else "use another --port"
-            raise UsageError(
-                f"port {port} on {host} is in use: {hint}, or `kvserve stop --port {port}` if it "
-                "is an old kvserve",
-                param="port",
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UsageError(
-                f"port {port} may not be used without privileges: use --port 8000 or above",
-                param="port",
-            ) from error
-        raise _bad_host(host, error) from error
-
-
-def _bad_host(host: str, error: OSError) -> UsageError:
-    return UsageError(
-        f"--host {host} cannot be listened on ({error.strerror or error}): use 127.0.0.1 for "
-        "this machine alone or 0.0.0.0 for every network",
-        param="host",
-    )
-
-
-def _listening_socket(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _free_port_after(host: str, port: int) -> int | None:
-    for candidate in range(port + 1, min(port + _PORTS_TRIED, 65536)):
-        try:
-            _listening_socket(host, candidate).close()
-        except OSError:
-            continue
-        return candidate
-    return None

@@ -1,6 +1,6 @@
 """Loss and speed of carrying a sequence into another KV type, as two Markdown tables."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Batch, Context, start_backend  # isort: skip
 
 import argparse

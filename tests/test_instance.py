@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-from kvserve.cli.control import show_logs
+from kvserve.cli.control import chosen, show_logs
+from kvserve.device.host import process_started_at
 from kvserve.errors import UsageError
-from kvserve.instance import InstancePaths, keep_few_passing
+from kvserve.instance import Instance, InstancePaths, keep_few_passing, write_instance
 
 
 def test_of_daemons_on_any_free_port_the_latest_logs_stay(tmp_path):
@@ -43,3 +44,31 @@ def test_without_a_daemon_the_logs_of_ended_ones_are_named(tmp_path):
         log.touch()
         os.utime(log, (1000 + age, 1000 + age))
     assert refusal().endswith("logs of some that ended are there: add --port 8080 or 8000")
+
+
+def running(state_dir, *ports: int) -> None:
+    for port in ports:
+        started_at = process_started_at(os.getpid())
+        url = f"http://127.0.0.1:{port}"
+        instance = Instance(os.getpid(), started_at, url, port, "model", "token")
+        write_instance(InstancePaths(state_dir, port), instance)
+
+
+def test_a_command_means_the_daemon_that_start_would_have_started(tmp_path):
+    running(tmp_path, 8000, 8080)
+    config = tmp_path / "config.toml"
+    config.write_text("port = 8080")
+    for environ in ({"KVSERVE_PORT": "8080"}, {"KVSERVE_CONFIG": str(config)}):
+        assert chosen(None, str(tmp_path), environ).port == 8080
+        assert chosen("8000", str(tmp_path), environ).port == 8000
+    with pytest.raises(UsageError, match="no kvserve runs on port 9000; kvserve runs on 8000"):
+        chosen(None, str(tmp_path), {"KVSERVE_PORT": "9000"})
+
+
+def test_without_a_port_in_the_settings_it_is_the_only_daemon(tmp_path):
+    running(tmp_path, 8080)
+    assert chosen(None, str(tmp_path), {}).port == 8080
+    assert chosen(None, str(tmp_path), {"KVSERVE_PORT": "0"}).port == 8080
+    running(tmp_path, 8081)
+    with pytest.raises(UsageError, match="several kvserve run, on 8080, 8081: add --port"):
+        chosen(None, str(tmp_path), {})

@@ -128,6 +128,7 @@ def test_settings_are_frozen(load):
         ("request_timeout", "none", None),
         ("drain_timeout", "500ms", 0.5),
         ("drain_timeout", 0, 0.0),
+        ("reasoning_format", "deepseek", "deepseek"),
         ("load_timeout", "1.5h", 5400.0),
         ("step_timeout", 2.5, 2.5),
         ("log_level", "DEBUG", "debug"),

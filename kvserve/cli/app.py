@@ -69,6 +69,7 @@ def plan(
     "queue_limit",
     "request_timeout",
     "drain_timeout",
+    "pause_timeout",
     "carry_ram",
     "cache_ram",
     "load_timeout",

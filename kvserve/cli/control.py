@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ _TAIL_LINES = 200
 
 def show_status(port: str | None, state_dir: str | None, *, as_json: bool) -> None:
     """Print the state of the daemon."""
-    instance = _instance(port, state_dir)
+    instance = chosen(port, state_dir)
     document = _call(instance, "GET", "/admin/status")
     print(json.dumps(document, indent=2) if as_json else status_text(document, instance.url))
 
 
 def reload(ctx: str, port: str | None, state_dir: str | None, *, as_json: bool) -> None:
     """Ask for another context and wait for the outcome."""
-    instance = _instance(port, state_dir)
+    instance = chosen(port, state_dir)
     n_ctx = load_settings({"ctx": ctx}, environ={}).ctx
     if not as_json:
         threading.Thread(target=_tell_progress, args=(instance,), daemon=True).start()
@@ -61,7 +61,7 @@ def _tell_progress(instance: Instance) -> None:
 
 def stop(port: str | None, state_dir: str | None) -> None:
     """End the daemon: first politely, after 10 s by force."""
-    instance = _instance(port, state_dir)
+    instance = chosen(port, state_dir)
     began = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(instance.pid, signal.SIGTERM)
@@ -70,7 +70,8 @@ def stop(port: str | None, state_dir: str | None) -> None:
             # Its workers die with it: they are told to by the kernel.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(instance.pid, signal.SIGKILL)
-            remove_instance(InstancePaths(_state_dir(state_dir), instance.port), instance.pid)
+            directory, _ = _place(port, state_dir)
+            remove_instance(InstancePaths(directory, instance.port), instance.pid)
             print(f"killed   pid {instance.pid}: it did not end within {_STOP_SECONDS:.0f} s")
             return
         time.sleep(_POLL_SECONDS)
@@ -79,11 +80,11 @@ def stop(port: str | None, state_dir: str | None) -> None:
 
 def show_logs(port: str | None, state_dir: str | None, *, worker: bool, follow: bool) -> None:
     """Print the end of the daemon's or its worker's log, and with `follow` what is added."""
-    directory = _state_dir(state_dir)
+    directory, number = _place(port, state_dir)
     try:
-        number = find_instance(directory, _port(port)).port
+        number = find_instance(directory, number).port
     except UsageError as error:
-        if port is None:
+        if number is None:
             ended = _ended(directory)
             if not ended or error.message.startswith("several"):
                 raise
@@ -91,7 +92,7 @@ def show_logs(port: str | None, state_dir: str | None, *, worker: bool, follow: 
                 f"no kvserve runs here; logs of some that ended are there: add --port {ended}",
                 param="port",
             ) from error
-        number = int(port)  # the log of a daemon that has ended
+        # else the log of a daemon that has ended
     paths = InstancePaths(directory, number)
     path = paths.worker_log if worker else paths.log
     if not path.is_file():
@@ -129,16 +130,21 @@ def _readable(line: str) -> str:
     return f"{head[0]} {head[1]:<7} {head[2]} {facts}".rstrip()
 
 
-def _state_dir(state_dir: str | None) -> Path:
-    return load_settings({"state_dir": state_dir}).state_dir
+def chosen(
+    port: str | None, state_dir: str | None, environ: Mapping[str, str] | None = None
+) -> Instance:
+    """The daemon on that port, else on the port that `start` would take by environment and file;
+    where neither names one, the only daemon there is. Raises UsageError."""
+    directory, number = _place(port, state_dir, environ)
+    return find_instance(directory, number)
 
 
-def _port(port: str | None) -> int | None:
-    return None if port is None else load_settings({"port": port}, environ={}).port
-
-
-def _instance(port: str | None, state_dir: str | None) -> Instance:
-    return find_instance(_state_dir(state_dir), _port(port))
+def _place(
+    port: str | None, state_dir: str | None, environ: Mapping[str, str] | None = None
+) -> tuple[Path, int | None]:
+    settings = load_settings({"port": port, "state_dir": state_dir}, environ=environ)
+    named = "port" in settings.model_fields_set and settings.port != 0
+    return settings.state_dir, settings.port if named else None
 
 
 def _call(

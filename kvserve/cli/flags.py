@@ -37,7 +37,8 @@ MEASURING = ("model", "device", "gpu_layers", "threads", "batch", "ubatch", "sta
 """The settings that `eval` has."""
 
 Port = Annotated[
-    str | None, typer.Option("--port", "-p", metavar="N", help="Which daemon; the only one else.")
+    str | None,
+    typer.Option("--port", "-p", metavar="N", help="Which daemon; else the settings' or only one."),
 ]
 StateDir = Annotated[
     str | None, typer.Option("--state-dir", metavar="DIR", help="Where the daemon's records lie.")

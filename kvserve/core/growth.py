@@ -1,8 +1,10 @@
 """When the context target moves by itself: up for a request that needs more, down after a while
 without need. Values in, values out; times are seconds of one clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+from kvserve.core.plan import Launch
 
 SMALLEST_STEP = 256
 
@@ -48,6 +50,18 @@ def grown(needed: int, policy: GrowthPolicy) -> int | None:
     while step < needed:
         step *= 2
     return min(step, policy.max_ctx)
+
+
+def roomier(n_ctx: int, together: int, policy: GrowthPolicy) -> int | None:
+    """The context that holds `together` tokens of several requests, or as many as the policy
+    allows; None where that is no more than `n_ctx`, which one of them needs."""
+    wider = grown(min(together, policy.max_ctx), policy)
+    return wider if wider is not None and wider > n_ctx else None
+
+
+def costs_no_more(launch: Launch, wider: Launch) -> bool:
+    """Whether a launch with more context is otherwise the same: KV types, layers on the GPU."""
+    return replace(wider, n_ctx=launch.n_ctx, tensor_split=launch.tensor_split) == launch
 
 
 def may_grow_now(now: float, reloads: Reloads, policy: GrowthPolicy) -> bool:

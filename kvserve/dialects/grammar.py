@@ -26,14 +26,6 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 """Between JSON tokens. Without a bound, small models write blanks to the end of the context."""
 
 _ANY_TEXT = "ANY: /(.|\\n)+/"
-_TRIGGERS = {
-    HARMONY: "to=functions.",
-    MISTRAL: "[TOOL_CALLS]",
-    DEEPSEEK: "<｜tool▁calls▁begin｜>",
-    FUNCTION_GEMMA: FUNCTION_GEMMA_MARKS[0],
-    GEMMA4: GEMMA4_MARKS[0],
-    LLAMA3: "<|python_tag|>",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +46,9 @@ class CallGrammars:
         answer = f"answer: {_json(schema)}"
         return f"{self._grammar(f'{self._reasoning()} (calls | answer)')}\n{answer}"
 
-    @property
-    def trigger(self) -> str:
-        """What a call of this dialect begins with."""
-        return _TRIGGERS.get(self.form.calls, "<tool_call>")
-
-    @property
-    def no_calls_within(self) -> tuple[str, str]:
-        """The marks between which the trigger means nothing; empty where there are none."""
-        if self.form.calls == HARMONY:
-            return "<|message|>", "<|end|>"
-        return self.form.think, self.form.end_think
-
     def after_trigger(self) -> str:
-        """The rest of an answer after the trigger: that call, and where `parallel` further ones."""
+        """The rest of an answer after the mark that `CallWatch` sees: that call, and where
+        `parallel` further ones."""
         return self._grammar("rest")
 
     def _grammar(self, start: str) -> str:

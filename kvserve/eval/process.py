@@ -10,8 +10,8 @@ from typing import IO
 
 import msgspec
 
-from kvserve.errors import WorkerFailed
-from kvserve.ipc.evaluating import EvalAnswer, EvalRequest, Finished
+from kvserve.errors import UsageError, WorkerFailed
+from kvserve.ipc.evaluating import BAD_INPUT_STATUS, EvalAnswer, EvalRequest, Finished
 
 EVALUATE_ARGV = (sys.executable, "-m", "kvserve.worker.evaluate")
 _TRAPS = (-signal.SIGILL, -signal.SIGSEGV, -signal.SIGBUS)
@@ -27,13 +27,16 @@ def measure(
     """Run the process to its end; `take` gets each answer as it comes.
 
     A process that traps before any unit is over is run once more without llama.cpp's repacked CPU
-    weights. Raises WorkerFailed with its last words.
+    weights. Raises UsageError where the request was to blame, else
+    WorkerFailed, with its last words.
     """
     status, words, n_finished = _run(request, environment, take, argv)
     if status in _TRAPS and not n_finished:
         bare = msgspec.structs.replace(request.load, extra_buffers=False)
         request = msgspec.structs.replace(request, load=bare)
         status, words, _ = _run(request, environment, take, argv)
+    if status == BAD_INPUT_STATUS:
+        raise UsageError(words)
     if status != 0:
         reason = words or f"status {status}"
         raise WorkerFailed(f"the evaluating process failed: {reason}")

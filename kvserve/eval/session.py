@@ -64,8 +64,8 @@ def run(
 ) -> Outcome:
     """Measure what an earlier, interrupted run left, and store it all. Progress goes to `out`.
 
-    An interrupt (Ctrl-C) ends it with what is done. Raises WorkerFailed; what was done before is
-    kept then too.
+    An interrupt (Ctrl-C) ends it with what is done. Raises WorkerFailed or UsageError; what was
+    done before is kept then too.
     """
     mark = fingerprint(job.request, repr(job.key))
     path = profiles.path(job.model_id, job.key).with_suffix(f".{mark[:8]}.partial")

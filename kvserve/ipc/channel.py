@@ -59,6 +59,10 @@ class DaemonChannel:
         if not self._transport.is_closing():
             self._transport.write(encode_frame(message))
 
+    async def first_frame(self) -> None:
+        """Return when the first frame has come, or the end. It is still there to be received."""
+        await self._frames.begun.wait()
+
     async def receive(self) -> FromWorker | None:
         """The next message, None at the end of the worker's life. Raises ProtocolError."""
         body = await self._frames.bodies.get()
@@ -88,6 +92,7 @@ class _Frames(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.bodies: asyncio.Queue[bytes | ProtocolError | None] = asyncio.Queue()
+        self.begun = asyncio.Event()
         self._buffer = bytearray()
         self._broken = False
 
@@ -100,18 +105,22 @@ class _Frames(asyncio.Protocol):
                 length = _body_length(bytes(self._buffer[start : start + _HEADER_BYTES]))
             except ProtocolError as error:
                 self._broken = True
-                self.bodies.put_nowait(error)
+                self._queue(error)
                 break
             end = start + _HEADER_BYTES + length
             if len(self._buffer) < end:
                 break
-            self.bodies.put_nowait(bytes(self._buffer[start + _HEADER_BYTES : end]))
+            self._queue(bytes(self._buffer[start + _HEADER_BYTES : end]))
             start = end
         del self._buffer[: len(self._buffer) if self._broken else start]
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the base's name
         """The end, however it came."""
-        self.bodies.put_nowait(None)
+        self._queue(None)
+
+    def _queue(self, body: bytes | ProtocolError | None) -> None:
+        self.bodies.put_nowait(body)
+        self.begun.set()
 
 
 class WorkerChannel:

@@ -4,6 +4,8 @@ One `EvalRequest` on stdin; on stdout one line for each answer, as soon as it is
 whatever was measured before an interruption stands.
 """
 
+import os
+
 import msgspec
 
 from kvserve.ipc.messages import Load
@@ -13,6 +15,8 @@ REFERENCE = "f16:f16"
 computed in micro-batches of half the size, so that it shows what rounding alone does."""
 
 
+BAD_INPUT_STATUS = os.EX_DATAERR
+"""The process's exit status where what was asked cannot be measured, whatever the machine."""
 N_WARM_UP = 2
 """Decode steps before those that are timed."""
 N_OUTPUTS = 128

@@ -290,6 +290,13 @@ class LoadFailed(Message, frozen=True):
     out_of_memory: bool = False
 
 
+class Tokenized(Message, frozen=True):
+    """A request was read, and waits for its place in the batch. Requests are read one by one, in
+    the order in which they came."""
+
+    id: int
+
+
 class Started(Message, frozen=True):
     """A request was tokenized and has its place in the batch. `form` says how the answer writes
     reasoning and calls, None where it is plain text."""
@@ -416,6 +423,7 @@ FromWorker = (
     | Loaded
     | TakenIn
     | LoadFailed
+    | Tokenized
     | Started
     | NeedsContext
     | Step

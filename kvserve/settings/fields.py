@@ -82,11 +82,12 @@ class Settings(BaseModel):
         "`serve` with a warning in a header, or `refuse` with 409.",
     )
     reasoning_format: Annotated[
-        Literal["auto", "none"], BeforeValidator(values.choice("auto", "none"))
+        Literal["auto", "deepseek", "none"],
+        BeforeValidator(values.choice("auto", "deepseek", "none")),
     ] = Field(
         "auto",
-        description="Where a model's reasoning goes: `auto` tells it as `reasoning_content`, "
-        "`none` leaves it in the text.",
+        description="Where a model's reasoning goes: `auto`, or `deepseek` as llama-server also "
+        "calls it, tells it as `reasoning_content`, `none` leaves it in the text.",
     )
     shrink_after: values.Seconds = Field(
         600.0, description="With `adapt = full`, the time without need after which it goes back."
@@ -116,7 +117,7 @@ class Settings(BaseModel):
     )
     draft_model: values.TextOrNone = Field(
         None,
-        description="Path of a GGUF file with a small model of the same vocabulary, for "
+        description="Path of a GGUF file with a small model of the same vocabulary, or `demo`, for "
         "speculative decoding.",
     )
     draft_max: Annotated[int, BeforeValidator(values.whole(1, 64))] = Field(
@@ -156,6 +157,12 @@ class Settings(BaseModel):
         0.0,
         description="How long a reload waits for running requests before it pauses them; paused "
         "ones go on in the same stream.",
+    )
+    pause_timeout: values.PositiveSeconds = Field(
+        10.0,
+        description="How long the step may take after which a worker pauses for a reload, beside "
+        "the copying of its sequences; one that takes longer is killed, and its requests are "
+        "computed again.",
     )
     carry_ram: values.SizeOrAuto = Field(
         "auto",

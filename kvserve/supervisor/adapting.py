@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from kvserve.core.growth import Adapt, GrowthPolicy, Reloads, grown, may_grow_now, shrunk
+from kvserve.core.growth import Adapt, GrowthPolicy, Reloads, grown, may_grow_now, roomier, shrunk
 from kvserve.core.plan import Task
 from kvserve.ipc.messages import Step
 from kvserve.supervisor.admission import Job
@@ -17,11 +17,13 @@ Allows = Callable[[Task], bool]
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Reload for a context of `n_ctx`, and a pair that is good enough for `task`."""
+    """Reload for a context of `n_ctx`, and a pair that is good enough for `task`; for one of
+    `roomier` tokens where that costs no more."""
 
     n_ctx: int
     reason: str
     task: Task | None = None
+    roomier: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,18 @@ class Adapting:
             and (n_ctx is None or (self._target(job) or n_ctx) >= n_ctx)
         ]
 
-    def move(self, parked: Iterable[Job], allows: Allows, now: float, *, idle: bool) -> Move | None:
+    def move(
+        self,
+        parked: Iterable[Job],
+        allows: Allows,
+        now: float,
+        *,
+        idle: bool,
+        running: Iterable[Job] = (),
+    ) -> Move | None:
         """The reload that is due: for the parked requests, else back after a time without need
-        where the daemon is `idle`. `parked` holds no hopeless ones."""
+        where the daemon is `idle`. `parked` holds no hopeless ones. A context for a parked request
+        should have room for all of them beside the `running` ones."""
         waiting = list(parked)
         if not waiting:
             down = shrunk(now, self._facts, self._policy) if idle else None
@@ -98,7 +109,9 @@ class Adapting:
         targets = [target for job in waiting if (target := self._target(job)) is not None]
         if targets:
             due = may_grow_now(now, self._facts, self._policy)
-            return Move(max(targets), "grow") if due else None
+            together = sum(job.needs_ctx for job in waiting) + sum(map(_comes_to, running))
+            wider = roomier(max(targets), together, self._policy)
+            return Move(max(targets), "grow", roomier=wider) if due else None
         tasks = [t for job in waiting if (t := job.spec.task) is not None and not allows(t)]
         # Not at once after the requests moved it, lest short and exact ones play with long ones.
         rested = now - self._facts.changed_at >= self._policy.min_interval
@@ -110,3 +123,11 @@ class Adapting:
     def _target(self, job: Job) -> int | None:
         target = grown(job.needs_ctx, self._policy)
         return target if target is not None and target > self._facts.n_ctx else None
+
+
+def _comes_to(job: Job) -> int:
+    """The cells that a running request may come to need, as far as is known."""
+    if not job.n_prompt:
+        return 0
+    n_more = ANSWER_TOKENS if job.spec.max_tokens is None else job.spec.max_tokens - len(job.tokens)
+    return job.n_prompt + len(job.tokens) + max(0, n_more)

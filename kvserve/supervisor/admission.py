@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Self
 
 from kvserve.core.plan import Task
@@ -128,6 +129,15 @@ class Ticket:
         self.cancel()
 
 
+class Stage(Enum):
+    """How far a worker is with a request: it has it, it has read it and lets it wait, or decodes
+    it."""
+
+    SENT = auto()
+    WAITING = auto()
+    DECODING = auto()
+
+
 @dataclass(slots=True)
 class Job:
     """The supervisor's record of one request. `tokens` are all ids generated so far; `needs_ctx`
@@ -135,7 +145,7 @@ class Job:
     with the context there is: no larger one can be had for the rest of its answer. `below_floor`
     says why it makes do with KV types that are too poor for its task. `token_at` is when its last
     token came, in the clock's seconds; `n_interrupted` how many tokens it had when a worker that
-    had begun it was replaced."""
+    had begun it was replaced; `stage` how far the present worker is with it."""
 
     id: int
     spec: GenerationSpec
@@ -153,6 +163,7 @@ class Job:
     token_at: float | None = None
     n_interrupted: int | None = None
     echoed: bool = False
+    stage: Stage = Stage.SENT
 
     def note_interruption(self) -> None:
         """The worker that had it is being replaced."""

@@ -5,9 +5,9 @@ from functools import partial
 
 import structlog
 
-from kvserve.core.growth import Adapt, grown
+from kvserve.core.growth import Adapt, costs_no_more, grown
 from kvserve.core.plan import Plan, Task
-from kvserve.errors import KvserveError, NotReady, ReloadInProgress, WorkerFailed
+from kvserve.errors import DoesNotFit, KvserveError, NotReady, ReloadInProgress, WorkerFailed
 from kvserve.supervisor.callers import Callers
 from kvserve.supervisor.requests import Terms
 from kvserve.supervisor.states import (
@@ -49,13 +49,19 @@ class Changes(Callers):
         answer.set_exception(error)
 
     async def _plan_change(
-        self, n_ctx: int | None, change: Change, task: Task | None = None
+        self,
+        n_ctx: int | None,
+        change: Change,
+        task: Task | None = None,
+        roomier: int | None = None,
     ) -> None:
         beside_bytes = None
         try:
             plan = await self._planner.plan(
                 n_ctx, task=task, returning_bytes=self._returning_bytes()
             )
+            if roomier is not None:
+                plan = await self._roomier(plan, roomier)
             result: Plan | KvserveError = plan
             beside_bytes = await self._planner.room_beside(plan)
         except KvserveError as error:
@@ -64,6 +70,14 @@ class Changes(Callers):
             log.exception("planning failed")
             result = WorkerFailed(f"planning failed: {error!r}")
         self.post(ChangePlanned(change, result, beside_bytes))
+
+    async def _roomier(self, plan: Plan, n_ctx: int) -> Plan:
+        """A plan for more context, where that costs no more than `plan`."""
+        try:
+            wider = await self._planner.plan(n_ctx, returning_bytes=self._returning_bytes())
+        except DoesNotFit:
+            return plan
+        return wider if costs_no_more(plan.chosen.launch, wider.chosen.launch) else plan
 
     def _finish(self, change: Change, result: Plan | KvserveError) -> None:
         """A change came to its end: tell whoever asked for it, or the requests that needed it."""
@@ -112,10 +126,12 @@ class Changes(Callers):
             self._settle_tasks("nothing is changed unasked (adapt is off)", state.attempt.plan)
         idle = not requests.running and not len(requests.line)
         allows = partial(self._planner.allows, state.attempt.plan)
-        move = adapting.move(requests.parked.values(), allows, now, idle=idle)
+        move = adapting.move(
+            requests.parked.values(), allows, now, idle=idle, running=requests.running.values()
+        )
         if move is None:
             return
         log.info("context moves", reason=move.reason, task=move.task, to_n_ctx=move.n_ctx)
         self._planning = True
         change = Change(None, self._wall_clock(), state.attempt.plan, move.reason, move.n_ctx)
-        self._beside(self._plan_change(move.n_ctx, change, move.task))
+        self._beside(self._plan_change(move.n_ctx, change, move.task, move.roomier))

@@ -78,7 +78,8 @@ class Policy:
 
     `carry_bytes` is the host memory that sequences may take on their way to the next worker, None
     for a quarter of what is free then; `cache_bytes` those that had to leave a worker's KV cache,
-    None for an eighth. `speculate` says where proposed tokens come from, at most `n_draft_each` of
+    None for an eighth. `pause_timeout` is for the step that a pause waits for: a worker that takes
+    longer is killed. `speculate` says where proposed tokens come from, at most `n_draft_each` of
     one sequence.
     """
 

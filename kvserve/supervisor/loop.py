@@ -24,6 +24,7 @@ from kvserve.ipc.messages import (
     Started,
     Step,
     TakenIn,
+    Tokenized,
 )
 from kvserve.supervisor.admission import Job
 from kvserve.supervisor.exits import Exit
@@ -220,6 +221,8 @@ class Supervisor(Reloads):
                 cache_type = str(attempt.plan.chosen.launch.pair)
                 mark = fingerprint(attempt.plan, self._policy)
                 self._requests.started(message, loaded.n_ctx, cache_type, mark)
+            case Tokenized(), _:
+                self._requests.tokenized(message)
             case NeedsContext(), _:
                 self._requests.park(message)
             case Step(), _:

@@ -54,6 +54,10 @@ class ProcessWorker:
         """Queue a frame."""
         self._channel.send(message)
 
+    async def first_frame(self) -> None:
+        """Return when it sent anything, or ended; `receive` still gives that."""
+        await self._channel.first_frame()
+
     async def receive(self) -> FromWorker | None:
         """The next frame; a worker that sends nonsense is killed and reads as ended."""
         try:
@@ -116,9 +120,9 @@ class ProcessSpawner:
             except WorkerFailed:
                 return
             self._ahead = environment, worker
-        # Its first frame is `Awake`, or the end; whoever `spawn`s meanwhile reads what follows.
+        # `Awake`, or why it cannot be used: whoever `spawn`s it reads that.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(worker.receive(), _AWAKE_SECONDS)
+            await asyncio.wait_for(worker.first_frame(), _AWAKE_SECONDS)
 
     def tell_ahead(self, message: ToWorker) -> None:
         """Send a frame to the process that is ready for the next `spawn`, if there is one."""

@@ -26,17 +26,13 @@ from kvserve.ipc.messages import (
     NeedsContext,
     Started,
     Step,
+    Tokenized,
     TokenLogprobs,
 )
-from kvserve.supervisor.admission import Done, Echoed, Job, Served, Text, WaitingLine
+from kvserve.supervisor.admission import Done, Echoed, Job, Served, Stage, Text, WaitingLine
 from kvserve.supervisor.observing import Observer, Unobserved
 from kvserve.supervisor.states import Worker
-
-MAX_CRASHES = 2
-"""A request that was running in this many dying workers, the last of which brought it no further,
-is not given to another one."""
-MAX_CRASHES_GETTING_ON = 8
-"""Nor is one that was in so many, whatever it got."""
+from kvserve.supervisor.suspects import blamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +108,7 @@ class Requests:
             if too_long or not (task is None or terms.allows(task)):
                 self.parked[job.id] = job
                 continue
+            job.stage = Stage.SENT
             self.running[job.id] = job
             worker.send(job.to_message(may_grow=terms.may_grow))
 
@@ -136,10 +133,19 @@ class Requests:
             self._forget(job.id, worker, DeadlineExceeded.code)
             job.ticket.put(DeadlineExceeded(f"the request took longer than {waited:.0f} s"))
 
+    def tokenized(self, message: Tokenized) -> None:
+        """The worker has read a request, and lets it wait."""
+        job = self.running.get(message.id)
+        if job is not None and job.stage is Stage.SENT:
+            job.stage = Stage.WAITING
+
     def started(self, message: Started, n_ctx: int, cache_type: str, fingerprint: str) -> None:
         """Tell the caller which plan serves it; once, however many workers follow."""
         job = self.running.get(message.id)
-        if job is not None and not job.announced:
+        if job is None:
+            return
+        job.stage = Stage.DECODING
+        if not job.announced:
             job.announced = True
             job.n_prompt = message.n_prompt_tokens
             job.ticket.put(
@@ -255,21 +261,16 @@ class Requests:
         self.running.clear()
 
     def worker_died(self, cause: str) -> None:
-        """What ran goes back to the line, unless it may be what kills the workers."""
-        survivors = []
-        for job in self.running.values():
-            job.n_crashes += 1
+        """What it had goes back to the line, unless it may be what kills the workers."""
+        jobs = list(self.running.values())
+        for job in jobs:
             job.note_interruption()
-            # One that got on since the last crash did not cause it, or not at once.
-            stuck = len(job.tokens) <= job.n_before_crash
-            job.n_before_crash = len(job.tokens)
-            if job.n_crashes >= (MAX_CRASHES if stuck else MAX_CRASHES_GETTING_ON):
-                n = job.n_crashes
-                self._fail(job, WorkerFailed(f"{n} workers died with this request: {cause}"))
-            else:
-                survivors.append(job)
+        guilty = blamed(jobs)
+        for job in guilty:
+            n = job.n_crashes
+            self._fail(job, WorkerFailed(f"{n} workers died with this request: {cause}"))
         self.running.clear()
-        self.line.put_back(survivors)
+        self.line.put_back([job for job in jobs if job not in guilty])
 
     def fail_waiting(self, error: KvserveError) -> None:
         """Nothing new can be taken up any more."""

@@ -1,12 +1,13 @@
 """Completes task prompts greedily, with each pair."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, LoadError  # isort: skip
 
 from collections.abc import Callable
 
 import numpy as np
 
+from kvserve.errors import UsageError
 from kvserve.ipc.evaluating import Answered, EvalAnswer, Finished, Prompted, Skipped
 from kvserve.ipc.messages import ChatMessage, ChatPrompt
 from kvserve.worker.chat import ChatRenderer
@@ -18,7 +19,7 @@ Emit = Callable[[EvalAnswer], None]
 class Answering:
     """All prompts with all pairs; a unit is one task with one pair.
 
-    Raises ValueError where a prompt is longer than the model's context, InvalidRequest where its
+    Raises UsageError where a prompt is longer than the model's context, InvalidRequest where its
     chat template refuses it.
     """
 
@@ -31,9 +32,10 @@ class Answering:
             self._prompts = [(prompt, _tokens(prompt, weights, renderer)) for prompt in prompts]
         self._n_ctx = max(len(tokens) + prompt.max_tokens for prompt, tokens in self._prompts)
         if self._n_ctx > weights.n_ctx_train:
-            raise ValueError(
+            raise UsageError(
                 f"a task needs {self._n_ctx} tokens and the model was trained for "
-                f"{weights.n_ctx_train}: use --quick, or other --tasks"
+                f"{weights.n_ctx_train}: use --quick, or other --tasks",
+                param="tasks",
             )
 
     @property

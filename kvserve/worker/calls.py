@@ -6,30 +6,26 @@ from typing import Any
 
 from kvserve.dialects.form import Form
 from kvserve.dialects.grammar import CallGrammars
+from kvserve.dialects.watch import CallWatch
 from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import Grammar, Tools
 from kvserve.worker.grammar import Constraining, Constraint, GrammarCompiler, Row, Starter
 from kvserve.worker.sequences import Utf8Stream
 
-_MOST_TRIGGER_CHARS = 64
-
 
 class CallConstraint:
-    """Lets an answer go on freely until it begins a call, and holds it to the grammar from there.
+    """Lets an answer go on freely until `watch` sees that it begins a call, and holds it to the
+    grammar from there.
 
-    That begins with `trigger`, which means nothing between the two marks of `outside`; `thinking`
-    says that the answer begins there. `start` makes the constraint of what comes after the trigger.
-    A grammar that cannot be followed any
-    further leaves the answer free again, unless `strict`.
+    `start` makes the constraint of what comes after the call's mark. A grammar that cannot be
+    followed any further leaves the answer free again, unless `strict`.
     """
 
     def __init__(
         self,
         start: Starter,
         *,
-        trigger: str,
-        outside: tuple[str, str],
-        thinking: bool,
+        watch: CallWatch,
         piece: Callable[[int], bytes],
         tokens_of: Callable[[str], Sequence[int]],
         strict: bool,
@@ -38,14 +34,11 @@ class CallConstraint:
         self._start = start
         self._inner: Constraint | None = None
         self._over = False
-        self._trigger = trigger
-        self._think, self._end_think = outside
-        self._thinking = thinking
+        self._watch = watch
         self._piece = piece
         self._tokens_of = tokens_of
         self._strict = strict
         self._utf8 = Utf8Stream()
-        self._tail = ""
         for place, token in enumerate(resume, 1):
             if self._begins(token):
                 self._hold(resume[place:])
@@ -78,25 +71,13 @@ class CallConstraint:
             self._inner.apply(row)
 
     def _begins(self, token: int) -> bool:
-        """Whether this token completes the trigger; `_tail` is then what it holds beyond that."""
-        self._tail += self._utf8.push(self._piece(token))
-        while True:
-            trigger = self._trigger
-            marks = (self._end_think,) if self._thinking else (self._think, trigger)
-            found = [(self._tail.find(mark), mark) for mark in marks if mark and mark in self._tail]
-            if not found:
-                self._tail = self._tail[-_MOST_TRIGGER_CHARS:]
-                return False
-            place, mark = min(found)
-            self._tail = self._tail[place + len(mark) :]
-            if mark == trigger and not self._thinking:
-                return True
-            self._thinking = not self._thinking
+        return self._watch.push(self._utf8.push(self._piece(token)))
 
     def _hold(self, resume: Sequence[int]) -> None:
-        begun = [*self._tokens_of(self._tail)] if self._tail else []
+        written = self._watch.written
+        begun = [*self._tokens_of(written)] if written else []
         if begun and self._start(begun).error is not None:
-            # The token that completed the trigger began no call.
+            # What came with the mark in one token began no call.
             self._over = True
             return
         self._inner = self._start([*begun, *resume])
@@ -157,7 +138,6 @@ class CallConstraints:
             schema = {"type": "object"} if grammar.kind == "json_object" else grammar.text
             value = json.loads(schema) if isinstance(schema, str) else schema
             return self._compile(calls.or_json(value), resume)
-        think, end_think = calls.no_calls_within
         try:
             start = self._grammars.starter(Grammar("lark", calls.after_trigger()), param="tools")
         except InvalidRequest:
@@ -166,9 +146,7 @@ class CallConstraints:
             return None
         return CallConstraint(
             start,
-            trigger=calls.trigger,
-            outside=(think, end_think),
-            thinking=form.thinking,
+            watch=CallWatch(form, functions),
             piece=self._piece,
             tokens_of=self._tokens_of,
             strict=tools.strict,

@@ -1,6 +1,6 @@
 """Contexts for an evaluation: one model's weights, and contexts of any pair beside each other."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Batch, Context  # isort: skip
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Weights:
     def renderer(self) -> Iterator[ChatRenderer]:
         """The model's chat template, in its process."""
         context, vocab = self._context, self.vocab
-        template = choose(context.architecture, context.chat_template, vocab.has)
+        template = choose(context.model.architecture, context.model.chat_template, vocab.has)
         renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
         try:
             yield renderer

@@ -17,6 +17,7 @@ from kvserve.ipc.messages import (
     Started,
     TakeIn,
     TakenIn,
+    Tokenized,
     ToWorker,
 )
 from kvserve.worker.carrying import Blanks, Incoming, export, incoming_of, log_refusals
@@ -58,6 +59,7 @@ class Engine:
         n_draft: int = 0,
     ) -> None:
         self._context = context
+        self._channel = channel
         self._outbox = Outbox(channel, holds=context.asynchronous)
         self._inbox = inbox
         self._cache = PrefixCache(
@@ -96,8 +98,14 @@ class Engine:
             context.n_ctx,
             context.n_ctx_train,
             wanted=self._preparing.__contains__,
-            deliver=inbox.put,
+            deliver=self._prepared,
         )
+
+    def _prepared(self, result: Prepared | Refused) -> None:
+        """From the preparing thread. A request that only waits has no part in what may go wrong."""
+        if isinstance(result, Prepared):
+            self._channel.send(Tokenized(result.id))
+        self._inbox.put(result)
 
     def take_in(self, incoming: Incoming) -> CarryReport:
         """Bring what an earlier worker left into the cache, before the first request."""

@@ -2,7 +2,7 @@
 
 Reads one `EvalRequest` as JSON from stdin, writes one `EvalAnswer` a line to stdout. The weights
 are loaded once; beside the reference context there is one candidate context at a time. Exit
-status 0, or 1 with one line on stderr.
+status 0; or with one line on stderr `BAD_INPUT_STATUS` where the request is to blame, else 1.
 """
 
 import signal
@@ -10,7 +10,8 @@ import sys
 
 import msgspec
 
-from kvserve.ipc.evaluating import EvalRequest
+from kvserve.errors import KvserveError
+from kvserve.ipc.evaluating import BAD_INPUT_STATUS, EvalRequest
 from kvserve.worker import build
 from kvserve.worker.lifetime import die_with_parent
 from kvserve.worker.one_shot import fail, leave, write
@@ -35,7 +36,8 @@ def main() -> int:
         message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         if getattr(error, "out_of_memory", False):
             message += ": a smaller --ctx, or fewer --gpu-layers, need less memory"
-        return fail(message)
+        blamed = isinstance(error, KvserveError) and error.http_status == 400
+        return fail(message, BAD_INPUT_STATUS if blamed else 1)
     return 0
 
 

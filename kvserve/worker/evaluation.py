@@ -1,6 +1,6 @@
 """An evaluation from the load to the last answer: text first, then tasks, then speed."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, start_backend  # isort: skip
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Emit = Callable[[EvalAnswer], None]
 
 def evaluate(request: EvalRequest, emit: Emit) -> None:
     """Load the model and answer all units that are not done. Raises LoadError, DecodeError,
-    CacheFull, and ValueError for a text that is too short."""
+    CacheFull, and UsageError for a text that is too short."""
     log = LoadLog()
     start_backend(log)
     small = msgspec.structs.replace(request.load, n_ctx=256, n_seq_max=1)

@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def _time(load: Load) -> KernelTime:
-    # llama_cpp before numpy, see kvserve/worker/llama.py; it loads the library, checked above.
+    # llama_cpp before numpy, see kvserve/worker/llama/__init__.py; its library was checked above.
     from kvserve.worker import llama  # noqa: PLC0415 # isort: skip
     import numpy as np  # noqa: PLC0415
 

@@ -13,10 +13,10 @@ def write(answer: msgspec.Struct) -> None:
     sys.stdout.buffer.flush()
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 1) -> int:
     """Say why there is no answer; returns the exit status."""
     print((message.splitlines() or ["unknown error"])[0], file=sys.stderr, flush=True)
-    return 1
+    return status
 
 
 def leave(status: int) -> NoReturn:

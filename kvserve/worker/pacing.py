@@ -1,6 +1,6 @@
 """Measures prefill and decode speed of each pair at several depths."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Batch, Context, LoadError  # isort: skip
 
 import time

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvserve.dialects.form import MARKERS, Form
+from kvserve.dialects.watch import CallWatch
 from kvserve.errors import InvalidRequest, KvserveError
 from kvserve.ipc.messages import ChatPrompt, Failed, Generate, NeedsContext, TextPrompt, Tools
-from kvserve.worker.calls import CallConstraints
+from kvserve.worker.calls import CallConstraints, functions_of
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.grammar import Constraining, GrammarCompiler
 from kvserve.worker.llama import Vocab
@@ -132,7 +133,9 @@ class Preparer:
             ignore_eos=request.ignore_eos,
         )
         vocab = self._vocab
-        generation = Generation(prompt, limits)
+        tools = _tools(request)
+        watch = CallWatch(form, functions_of(tools)) if tools and form else None
+        generation = Generation(prompt, limits, watch)
         late_text = generation.replay(request.resume, vocab.piece, vocab.ends)
         constraint = self._constraint(request, form)
         if constraint is not None and constraint.complete and generation.finish is None:
@@ -155,7 +158,7 @@ class Preparer:
             n_logprobs=request.n_logprobs,
             constraint=constraint,
             form=form,
-            constrained_by="response_format" if _tools(request) is None else "tools",
+            constrained_by="response_format" if tools is None else "tools",
             echo=PromptEcho(request.id, prompt, request.n_logprobs, vocab.piece)
             if request.echo
             else None,

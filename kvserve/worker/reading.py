@@ -1,6 +1,6 @@
 """Scores K-V pairs on a text, piece by piece, against one reference context."""
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Context, LoadError  # isort: skip
 
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvserve.core.dtypes import parse_pair
+from kvserve.errors import UsageError
 from kvserve.ipc.evaluating import (
     MOST_STATE_BYTES,
     REFERENCE,
@@ -69,7 +70,7 @@ class _Reference:
 class TextScores:
     """KLD and the like of each pair, at each depth, on each piece of a text.
 
-    Raises ValueError where the text has fewer tokens than a depth needs.
+    Raises UsageError where the text has fewer tokens than a depth needs.
     """
 
     def __init__(self, weights: Weights, reading: Reading, pairs: tuple[str, ...]) -> None:
@@ -180,9 +181,10 @@ class TextScores:
             n = min(n, len(self._tokens) // depth)
             return [index * depth for index in range(n) if (index + 1) * depth < len(self._tokens)]
         if room < 1:
-            raise ValueError(
+            raise UsageError(
                 f"the text has {len(self._tokens)} tokens, too few for a context of {depth}: "
-                "give a longer --corpus or a smaller --ctx"
+                "give a longer --corpus or a smaller --ctx",
+                param="corpus",
             )
         random = np.random.default_rng((self._reading.seed, depth))
         edges = np.linspace(0, room, n + 1)

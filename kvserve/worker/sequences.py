@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvserve.dialects.watch import CallWatch
 from kvserve.ipc.messages import FinishReason
 from kvserve.worker.stops import StopMatcher
 
@@ -55,12 +56,22 @@ class Generation:
     """Prompt, generated tokens and text of one request.
 
     `tokens[:n_tokens]` are the prompt and everything generated; the array has room for
-    `limits.max_tokens` more than the prompt. `finish` is None while the generation goes on.
+    `limits.max_tokens` more than the prompt. `finish` is None while the generation goes on. From
+    where `watch` sees a call stop strings mean nothing: they would cut its arguments.
     """
 
-    __slots__ = ("_matcher", "_tokens", "_utf8", "finish", "limits", "n_prompt", "n_tokens")
+    __slots__ = (
+        "_matcher",
+        "_tokens",
+        "_utf8",
+        "_watch",
+        "finish",
+        "limits",
+        "n_prompt",
+        "n_tokens",
+    )
 
-    def __init__(self, prompt: Tokens, limits: Limits) -> None:
+    def __init__(self, prompt: Tokens, limits: Limits, watch: CallWatch | None = None) -> None:
         self.n_prompt = len(prompt)
         self.n_tokens = self.n_prompt
         self.limits = limits
@@ -69,6 +80,7 @@ class Generation:
         self._tokens[: self.n_prompt] = prompt
         self._utf8 = Utf8Stream()
         self._matcher = StopMatcher(limits.stop)
+        self._watch = watch if limits.stop else None
 
     @property
     def buffer(self) -> Tokens:
@@ -143,6 +155,8 @@ class Generation:
         return text, ""
 
     def _match(self, text: str, n_generated: int) -> tuple[str, str | None]:
+        if self._watch is not None and self._watch.push(text):
+            return self._matcher.flush() + text, None
         if n_generated <= self.limits.min_tokens:
             return text, None
         return self._matcher.push(text)

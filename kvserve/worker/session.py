@@ -159,7 +159,7 @@ def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:
     log.close_load()
     vocab = context.vocab
     vocab.show(MARKERS)
-    template = choose(context.architecture, context.chat_template, vocab.has)
+    template = choose(context.model.architecture, context.model.chat_template, vocab.has)
     renderer = ChatRenderer(template, bos_text=vocab.bos_text, eos_text=vocab.eos_text)
     renderer.start()
     return _LoadedModel(context, renderer, template)

@@ -163,6 +163,7 @@ class Stepper:
         asks = self._asks()
         self._foreseen = self._propose(asks)
         self._executor.wait()
+        self._pace.observe(0, len(plan.chunks), time.monotonic() - begun)
         return self._draw(plan, asks, begun)
 
     def _finish(self, done: _Decoded) -> None:

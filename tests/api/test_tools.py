@@ -93,7 +93,14 @@ def test_without_tools_calls_are_text() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "field", "kept"),
-    [("auto", None, False), ("auto", "none", True), ("none", None, True), ("none", "auto", False)],
+    [
+        ("auto", None, False),
+        ("auto", "none", True),
+        ("none", None, True),
+        ("none", "auto", False),
+        ("none", "deepseek", False),
+        ("deepseek", None, False),
+    ],
 )
 def test_reasoning_can_be_left_in_place(setting: str, field: str | None, kept: bool) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "reasoning_format": field}

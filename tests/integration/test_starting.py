@@ -1,5 +1,6 @@
 """Starts that fail, and what they say."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def test_an_address_that_cannot_be_had_is_not_called_open(state_dir: Path, host:
     assert done.returncode == 2
     assert f"--host {host} cannot be listened on" in done.stderr
     assert "other machines" not in done.stderr
+
+
+def test_a_port_in_use_is_told_before_anything_is_planned(state_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run_cli("start", "--model", "demo", "--port", str(port), state_dir=state_dir)
+    assert done.returncode == 2
+    assert f"port {port} on 127.0.0.1 is in use: use --port" in done.stderr
+    assert not (state_dir / "build.json").exists()  # which the first plan leaves

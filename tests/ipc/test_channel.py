@@ -32,6 +32,7 @@ from kvserve.ipc.messages import (
     Started,
     Step,
     TextPrompt,
+    Tokenized,
     TokenPrompt,
     ToWorker,
 )
@@ -57,6 +58,7 @@ FROM_WORKER = [
     Progress(0.5),
     Loaded(4096, 8192, 32000, MemoryReport(kv_bytes=1), "model", 0.5, False),
     LoadFailed("no", True),
+    Tokenized(1),
     Started(1, 7),
     NeedsContext(1, 9000),
     Step((Delta(1, "hi", (4, 5)),), (End(1, "stop", 7, 2, 0, "\n"),), 3, 12),

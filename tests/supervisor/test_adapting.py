@@ -9,7 +9,7 @@ from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.lifecycle import Phase
 from kvserve.core.plan import Task
 from kvserve.errors import BelowFloor, ContextLengthExceeded, DoesNotFit, WorkerFailed
-from kvserve.ipc.messages import LoadFailed, NeedsContext
+from kvserve.ipc.messages import LoadFailed, NeedsContext, Paused, Started
 from tests.supervisor.stage import SPEC, FakeWorker, Generate, Stage, play
 
 FULL = GrowthPolicy(Adapt.FULL, max_ctx=65536)
@@ -45,6 +45,32 @@ def test_a_prompt_that_needs_more_is_answered_by_a_larger_context() -> None:
         assert long.done is not None
         assert long.served[0].n_ctx == 32768
         assert stage.supervisor.status().reloads[-1].reason == "grow"
+        await stage.end()
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "longest", "n_ctx"),
+    [(24.0, 2**20, 65536), (24.0, 32768, 32768), (7.6, 2**20, 32768)],
+    ids=["fits", "does not fit", "costs precision"],
+)
+def test_growing_counts_what_runs_where_that_costs_nothing(
+    vram_gib: float, longest: int, n_ctx: int
+) -> None:
+    async def story() -> None:
+        stage = Stage(growth=GROW)
+        stage.planner.vram_gib, stage.planner.longest = vram_gib, longest
+        old = await stage.serving()
+        long, running = await stage.submit(), await stage.submit()
+        old.say(Started(running.id, 15000))
+        old.answer(running.id, 1)
+        old.say(NeedsContext(id=long.id, n_tokens=20000))
+        await stage.settle()
+        old.say(Paused())
+        new = await turn_over(stage, old)
+        assert new.launch.n_ctx == n_ctx
+        assert {g.id for g in new.of_kind(Generate)} == {long.id, running.id}
         await stage.end()
 
     play(story)

@@ -13,7 +13,7 @@ import pytest
 from kvserve.core.lifecycle import Phase
 from kvserve.core.machine import Backend
 from kvserve.errors import KvserveError, WorkerFailed
-from kvserve.ipc.messages import Awake, Hello, Sampling, TextPrompt
+from kvserve.ipc.messages import Awake, Hello, LoadFailed, Sampling, TextPrompt
 from kvserve.supervisor.admission import Done, GenerationSpec, Text
 from kvserve.supervisor.launching import Policy
 from kvserve.supervisor.loop import Supervisor
@@ -260,6 +260,32 @@ def test_a_worker_that_died_ahead_is_replaced(tmp_path: Path) -> None:
         worker = await spawner.spawn(launch)
         assert isinstance(await worker.receive(), Awake)
         assert isinstance(await worker.receive(), Hello)
+        worker.kill()
+        await worker.wait()
+
+    play(story)
+
+
+REFUSES = """
+import argparse, socket, time
+from kvserve.ipc.channel import WorkerChannel
+from kvserve.ipc.messages import LoadFailed
+parser = argparse.ArgumentParser()
+parser.add_argument("--fd", type=int)
+fd = parser.parse_known_args()[0].fd
+WorkerChannel(socket.socket(fileno=fd)).send(LoadFailed("not that version"))
+time.sleep(60)
+"""
+
+
+def test_a_refusal_of_a_worker_started_ahead_is_heard(tmp_path: Path) -> None:
+    launch = plan_for(8192).chosen.launch
+
+    async def story() -> None:
+        spawner = ProcessSpawner(tmp_path / "log", (sys.executable, "-c", REFUSES))
+        await spawner.spawn_ahead(launch)
+        worker = await spawner.spawn(launch)
+        assert await worker.receive() == LoadFailed("not that version")
         worker.kill()
         await worker.wait()
 

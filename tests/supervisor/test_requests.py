@@ -11,8 +11,10 @@ from kvserve.ipc.messages import (
     Grammar,
     Likelihood,
     Sampling,
+    Started,
     Step,
     TextPrompt,
+    Tokenized,
     TokenLogprobs,
 )
 from kvserve.supervisor.admission import Done, Echoed, GenerationSpec, Job, Text, Ticket
@@ -100,3 +102,28 @@ def test_an_echo_that_never_came_is_asked_for_again() -> None:
     requests.worker_paused()
     requests.dispatch(worker, 4, TERMS)
     assert [message.echo for message in worker.sent] == [True, True]
+
+
+def crash(requests: Requests, worker: Worker, *stages: str) -> list[bool]:
+    """A worker dies with requests at these stages, twice; which of them fail."""
+    tickets = [start(requests, worker, n) for n in range(1, len(stages) + 1)]
+    for _ in range(2):
+        requests.dispatch(worker, len(stages), TERMS)
+        for request, stage in enumerate(stages, 1):
+            if stage != "sent":
+                requests.tokenized(Tokenized(request))
+            if stage == "decoded":
+                requests.started(Started(request, 3), 512, "f16", "mark")
+        requests.worker_died("SIGSEGV")
+    waiting = {job.id for job in requests.line}
+    return [ticket.id not in waiting for ticket in tickets]
+
+
+def test_requests_that_only_waited_in_dying_workers_are_not_blamed() -> None:
+    def stages(*names: str) -> list[bool]:
+        return crash(Requests(8), Worker(), *names)
+
+    assert stages("decoded", "decoded", "waits") == [True, True, False]
+    # One is read at a time; what is behind it is not.
+    assert stages("decoded", "waits", "sent", "sent") == [True, False, True, False]
+    assert stages("waits", "waits") == [False, False]

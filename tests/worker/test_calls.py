@@ -12,11 +12,21 @@ from kvserve.dialects.form import Form
 from kvserve.dialects.grammar import CallGrammars
 from kvserve.dialects.parts import Arguments, CallBegun, Content
 from kvserve.dialects.reader import Reader
+from kvserve.dialects.watch import CallWatch
 from kvserve.errors import InvalidRequest
 from kvserve.ipc.messages import ChatMessage, ChatPrompt, Failed, Grammar, Sampling, Tools
 from kvserve.worker.calls import CallConstraint, CallConstraints, functions_of
 from kvserve.worker.grammar import GrammarCompiler
-from tests.dialects.answers import CASES, DEEPSEEK, FORMS, FUNCTIONS, HARMONY, HERMES, MISTRAL
+from tests.dialects.answers import (
+    CASES,
+    DEEPSEEK,
+    FORMS,
+    FUNCTIONS,
+    HARMONY,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+)
 from tests.worker.conftest import Peer
 
 N_BYTES = 262
@@ -179,6 +189,43 @@ def test_channels_tell_a_call_from_words_about_it() -> None:
     assert made.complete
 
 
+@pytest.mark.parametrize(
+    ("begun", "allows"),
+    [
+        ('<|python_tag|>{"name": "no', {"w"}),
+        ('{"name": "now"', {","}),
+        ('\n{ "name":"now"', {","}),
+        ('{"type": "function", "name": "now"', {","}),
+        ('{"name": "now", "para', {"m"}),
+        # JSON that is no call of a function there is, or text about one.
+        ('{"name": "Ann"', None),
+        ('{"names": ["now"', None),
+        ('Say {"name": "now"', None),
+    ],
+)
+def test_a_call_of_llama_is_told_by_its_name(begun: str, allows: set[str] | None) -> None:
+    made = constraints().make(tools(now=EMPTY), LLAMA3, None, ())
+    feed(made, begun)
+    assert len(allowed(made)) == N_BYTES if allows is None else allowed(made) == allows
+    again = constraints().make(tools(now=EMPTY), LLAMA3, None, list(begun.encode()))
+    assert allowed(again) == allowed(made)
+
+
+def test_what_comes_with_a_name_in_one_token_counts() -> None:
+    pieces = {0: b'{"name": "no', 1: b'w",', 2: b'w"}'}
+    lark = CallGrammars(LLAMA3, {"now": EMPTY}, True, mark).after_trigger()
+    for last, active in ((1, True), (2, False)):
+        made = CallConstraint(
+            compiler().starter(Grammar("lark", lark), param="tools"),
+            watch=CallWatch(LLAMA3, ["now"]),
+            piece=pieces.__getitem__,
+            tokens_of=lambda text: list(text.encode()),
+            strict=False,
+            resume=(0, last),
+        )
+        assert (allowed(made) == {" "}) is active
+
+
 def test_a_function_may_be_named_before_its_channel() -> None:
     made = constraints().make(tools(now=EMPTY), HARMONY, None, ())
     feed(made, " to=functions.now<|channel|>commentary json<|message|>{}")
@@ -204,9 +251,7 @@ def test_what_follows_the_trigger_in_its_token_counts() -> None:
     for last, active in ((1, True), (2, False)):
         made = CallConstraint(
             compiler().starter(Grammar("lark", lark), param="tools"),
-            trigger="<tool_call>",
-            outside=("", ""),
-            thinking=False,
+            watch=CallWatch(HERMES, ["now"]),
             piece=pieces.__getitem__,
             tokens_of=lambda text: list(text.encode()),
             strict=False,
@@ -233,7 +278,7 @@ DRAWN = Sampling(temperature=1.2, top_k=0, seed=5)
 def test_a_required_call_of_the_real_model_is_valid(worker: Peer, sampling, only) -> None:
     offered = tools({"required": True, "only": only, "parallel": False}, **OFFERED)
     prompt = ChatPrompt((ChatMessage("user", "Weather in Rome?"),), tools=offered)
-    answer = worker.complete(prompt, sampling=sampling, max_tokens=400)
+    answer = worker.complete(prompt, sampling=sampling, max_tokens=400, stop=('"', "}"))
     assert answer.end is not None, answer.refusal
     assert answer.end.reason == "stop"
     reader = Reader(Form(), functions_of(offered))

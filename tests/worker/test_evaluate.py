@@ -9,6 +9,7 @@ import pytest
 
 from kvserve.eval.corpus import read_corpus
 from kvserve.ipc.evaluating import (
+    BAD_INPUT_STATUS,
     Answered,
     EvalAnswer,
     EvalRequest,
@@ -90,7 +91,7 @@ def test_what_is_done_is_left_out(model: Path) -> None:
 
 def test_a_text_that_is_too_short_is_one_line(model: Path) -> None:
     done = run(model, reading=msgspec.structs.replace(READING, text="too short"))
-    assert done.returncode == 1
+    assert done.returncode == BAD_INPUT_STATUS
     assert b"give a longer --corpus" in done.stderr.splitlines()[-1]
 
 
@@ -114,7 +115,7 @@ def test_prompts_are_completed_greedily_with_each_pair(model: Path, chat: bool) 
 
 def test_a_prompt_longer_than_the_model_is_one_line(model: Path) -> None:
     done = run(model, prompts=(Prompted("t", 0, "hello " * 40_000, "", 6),))
-    assert done.returncode == 1
+    assert done.returncode == BAD_INPUT_STATUS
     assert b"a task needs" in done.stderr.splitlines()[-1]
 
 

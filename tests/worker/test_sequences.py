@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvserve.dialects.form import Form
+from kvserve.dialects.watch import CallWatch
 from kvserve.worker.sequences import Finish, Generation, Limits, Utf8Stream
 
 PROMPT = np.array([100, 101, 102], dtype=np.int32)
@@ -126,3 +128,32 @@ def test_a_replay_that_a_smaller_limit_ends_repeats_nothing() -> None:
     assert again.finish is not None
     assert again.finish.reason == "length"
     assert shown + late == "Hello world"
+
+
+def write(generation: Generation, text: str) -> str:
+    shown = ""
+    for byte in text.encode():
+        if generation.finish is None:
+            shown += generation.accept(byte, bytes([byte]), ends=False)
+    return shown + ("" if generation.finish is not None else generation.end())
+
+
+CALL = '<tool_call>\n{"name": "now", "arguments": {"a": "END"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("stop", ["END", '"', "}", "name", "call>\n{"])
+def test_stop_strings_do_not_cut_calls(stop: str) -> None:
+    def generation() -> Generation:
+        watch = CallWatch(Form(), ["now"])
+        return Generation(PROMPT, Limits(max_tokens=200, stop=(stop,)), watch)
+
+    calling = generation()
+    assert write(calling, f"I look. {CALL}") == f"I look. {CALL}"
+    assert calling.finish == Finish("stop")
+    talking = generation()
+    assert write(talking, f"I look. {stop}{CALL}") == "I look. "
+    assert talking.finish == Finish("stop", stop)
+    # Another worker goes on.
+    resumed = generation()
+    assert not resumed.replay(CALL[:-8].encode(), lambda token: bytes([token]), lambda _: False)
+    assert write(resumed, CALL[-8:]) == CALL[-8:]

@@ -27,6 +27,7 @@ from kvserve.ipc.messages import (
     Started,
     Step,
     TextPrompt,
+    Tokenized,
     TokenPrompt,
 )
 
@@ -247,6 +248,17 @@ def test_loads_quantized_caches_with_experts_on_the_host(workers, load_message, 
     expected = worker.loaded.memory.kv_bytes * (34 + 18) / 128
     assert loaded.memory.kv_bytes == pytest.approx(expected, rel=0.01)
     assert peer.complete(PROMPTS[0], max_tokens=2).end.reason == "length"
+
+
+def test_a_request_that_waits_is_told_to_have_been_read(worker) -> None:
+    running = [worker.ask(PROMPTS[0], max_tokens=24, ignore_eos=True) for _ in range(4)]
+    for _ in running:
+        worker.until(Started)
+    waiting = worker.ask(PROMPTS[1], max_tokens=1)
+    while worker.until(Tokenized).id != waiting:
+        pass
+    assert waiting not in worker.started
+    worker.finish(*running, waiting)
 
 
 def test_ends_with_its_socket_while_it_works(workers, load_message) -> None:

@@ -4,7 +4,7 @@ Its cache follows the sequences: what it has read stays, what turned out otherwi
 what is new is read before it goes on by itself, always with the likeliest token.
 """
 
-# llama_cpp before numpy, see kvserve/worker/llama.py
+# llama_cpp before numpy, see kvserve/worker/llama/__init__.py
 from kvserve.worker.llama import Batch, CacheFull, Context, DecodeError  # isort: skip
 
 import sys

@@ -58,7 +58,7 @@ def test_an_empty_sequence(backend, small_model) -> None:
 
 
 def test_the_types_are_numbered_as_in_ggml() -> None:
-    assert llama._GGML_TYPES == GGML_TYPES
+    assert llama.GGML_TYPES == GGML_TYPES
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

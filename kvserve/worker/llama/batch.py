@@ -1,0 +1,74 @@
+"""What one decode computes."""
+
+import ctypes
+from collections.abc import Sequence
+
+import llama_cpp.llama_cpp as ll
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Batch:
+    """Tokens for one decode, in arrays that llama.cpp reads in place.
+
+    Capacity `n_batch` tokens, each in one sequence.
+    """
+
+    def __init__(self, n_batch: int) -> None:
+        self.n_tokens = 0
+        self.outputs: list[int] = []
+        self._token = np.zeros(n_batch, dtype=np.int32)
+        self._pos = np.zeros(n_batch, dtype=np.int32)
+        self._slot = np.zeros(n_batch, dtype=np.int32)
+        self._n_slots = np.ones(n_batch, dtype=np.int32)
+        self._wanted = np.zeros(n_batch, dtype=np.int8)
+        starts = self._slot.ctypes.data + self._slot.itemsize * np.arange(n_batch)
+        self._slot_pointers = starts.astype(np.uintp)
+        int32 = ctypes.POINTER(ctypes.c_int32)
+        self.raw = ll.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int32),
+            pos=self._pos.ctypes.data_as(int32),
+            n_seq_id=self._n_slots.ctypes.data_as(int32),
+            seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(int32)),
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def clear(self) -> None:
+        """Empty the batch."""
+        self._wanted[: self.n_tokens] = 0
+        self.n_tokens = self.raw.n_tokens = 0
+        self.outputs.clear()
+
+    def add(
+        self,
+        tokens: NDArray[np.int32] | Sequence[int],
+        start: int,
+        slot: int,
+        *,
+        last: bool = False,
+        scored: bool = False,
+    ) -> None:
+        """Append `tokens` at positions `start` and on of sequence `slot`; `last` asks for the
+        logits of the final one, `scored` for those of all. Whose logits are wanted is appended to
+        `outputs`, as an index into the batch."""
+        begin, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._token[begin:end] = tokens
+        self._pos[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
+        self._slot[begin:end] = slot
+        if last or scored:
+            first = begin if scored else end - 1
+            self._wanted[first:end] = 1
+            self.outputs.extend(range(first, end))
+        self.n_tokens = self.raw.n_tokens = end
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Put the next token of every sequence in the place of the last one: of a batch with one
+        token each."""
+        self._token[: self.n_tokens] = tokens
+        self._pos[: self.n_tokens] += 1
+
+    def want_all(self) -> None:
+        """Ask for the logits of every token that was added."""
+        self._wanted[: self.n_tokens] = 1
+        self.outputs[:] = range(self.n_tokens)
