@@ -11,18 +11,23 @@ from kvserve.ipc.channel import WorkerChannel
 from kvserve.ipc.messages import (
     Cancel,
     CarryReport,
+    CopyAhead,
     Delta,
     Generate,
     Pause,
     Started,
+    TakeAhead,
     TakeIn,
+    TakenAhead,
     TakenIn,
     Tokenized,
     ToWorker,
 )
-from kvserve.worker.carrying import Blanks, Incoming, export, incoming_of, log_refusals
+from kvserve.worker.arriving import Incoming, Paths, incoming_for, log_refusals
+from kvserve.worker.carrying import ExportFiles, export
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
+from kvserve.worker.copying_ahead import Copies
 from kvserve.worker.drawing import Drawer
 from kvserve.worker.executor import Executor
 from kvserve.worker.job import Job
@@ -87,11 +92,13 @@ class Engine:
             self._executor,
             self._outbox,
             speculator,
-            disturbed=lambda: self._blanks is not None or not inbox.empty(),
+            disturbed=lambda: self._files is not None or self._copies.busy or not inbox.empty(),
         )
         self._preparing: set[int] = set()
         self._paused = False
-        self._blanks: Blanks | None = None
+        self._files: ExportFiles | None = None
+        self._copies = Copies(context, self._cache)
+        self._incoming: Incoming | None = None
         self._preparer = Preparer(
             context.vocab,
             renderer,
@@ -107,9 +114,9 @@ class Engine:
             self._channel.send(Tokenized(result.id))
         self._inbox.put(result)
 
-    def take_in(self, incoming: Incoming) -> CarryReport:
+    def take_in(self, incoming: Incoming, sequences: tuple[Paths, ...]) -> CarryReport:
         """Bring what an earlier worker left into the cache, before the first request."""
-        arrived, report = incoming.import_into(self._context, self._cache.free_ids)
+        arrived, report = incoming.import_into(self._context, self._cache.free_ids, sequences)
         # The first to come is the most important: it is to be given up last.
         for one in reversed(arrived):
             self._cache.adopt(one.slot, one.tokens, one.salt)
@@ -121,17 +128,22 @@ class Engine:
         self._preparer.start()
         while True:
             self._take_messages()
-            blanks = self._blanks
-            if blanks is not None and (blanks.ready or not self._scheduler.has_work):
-                self._pause(blanks)
-            else:
+            files, has_work = self._files, self._scheduler.has_work
+            if files is not None and (files.ready or not has_work):
+                self._pause(files)
+                continue
+            if self._copies.busy:
+                copied = self._copies.advance(self._scheduler.sequences, wait=not has_work)
+                if copied is not None:
+                    self._outbox.send(copied)
+            if has_work:
                 self._stepper.step()
 
     def _take_messages(self) -> None:
         try:
             while True:
-                pausing = self._blanks is not None
-                idle = self._paused or not (pausing or self._scheduler.has_work)
+                busy = self._files is not None or self._copies.busy
+                idle = self._paused or not (busy or self._scheduler.has_work)
                 if idle:
                     self._outbox.flush()
                 self._handle(self._inbox.get(block=idle))
@@ -154,24 +166,33 @@ class Engine:
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._stepper.forget(request)
+            case CopyAhead(export_bytes=limit_bytes):
+                self._copies.begin(self._scheduler.sequences, limit_bytes)
             case Pause(export_bytes=limit_bytes):
+                self._copies.stop()
                 sequences = self._scheduler.sequences if limit_bytes else ()
-                self._blanks = Blanks(self._context, sequences, limit_bytes)
+                self._files = ExportFiles(self._context, sequences, limit_bytes, self._copies)
+            case TakeAhead():
+                self._incoming = incoming_for(message)
+                ids = self._cache.free_ids
+                self._incoming.take_ahead(self._context, ids, message.carried)
+                self._outbox.send(TakenAhead())
             case TakeIn():
-                incoming = incoming_of(message)
-                self._outbox.send(TakenIn(self.take_in(incoming) if incoming else None))
+                incoming, self._incoming = self._incoming or incoming_for(message), None
+                report = self.take_in(incoming, message.carried)
+                self._outbox.send(TakenIn(report if message.carried else None))
             case Prepared() | Refused():
                 pass
             case _:
                 print(f"unexpected message: {message!r}", file=sys.stderr, flush=True)
 
-    def _pause(self, blanks: Blanks) -> None:
-        self._paused, self._blanks = True, None
+    def _pause(self, files: ExportFiles) -> None:
+        self._paused, self._files = True, None
         self._cache.make_room(1)  # for the canaries
         self._executor.change_memory(self._cache.take_operations())
-        sequences = self._scheduler.sequences if blanks.limit_bytes else ()
+        sequences = self._scheduler.sequences if files.limit_bytes else ()
         self._outbox.flush()
-        self._outbox.send(export(self._context, sequences, blanks, self._cache.shortest))
+        self._outbox.send(export(self._context, sequences, files, self._copies, self._cache))
 
     def _admit(self, prepared: Prepared) -> None:
         job = Job.of(prepared)
