@@ -37,7 +37,8 @@ def plan_text(plan: Plan, known: Known = NOTHING_KNOWN) -> str:
         f"{mark} {line}  {reason}"
         for mark, line, reason in zip(marks, table[1:], reasons, strict=True)
     ]
-    lines += ["", *quality_lines(known, plan.chosen.launch.n_ctx), chosen_line(plan)]
+    lines += ["", *quality_lines(known, plan.chosen.launch.n_ctx), *difference_lines(plan)]
+    lines.append(chosen_line(plan))
     return "\n".join(lines)
 
 
@@ -52,6 +53,17 @@ def quality_lines(known: Known, n_ctx: int) -> list[str]:
         return [f"quality  priors; what was measured on {day} holds no KLD"]
     noise = known.quality.noise(n_ctx)
     return [f"quality  measured on {day}: KLD in nats against f16, whose own noise is {noise:.4f}"]
+
+
+def difference_lines(plan: Plan) -> list[str]:
+    """Where llama.cpp, asked, told other sizes than were computed."""
+    return [
+        f"note     {candidate.launch.pair}: cache and buffers take "
+        f"{format_bytes(candidate.memory.own_bytes)}, as llama.cpp says, not the "
+        f"{format_bytes(candidate.formula_bytes)} that were computed; the table has its figures"
+        for candidate in plan.differences
+        if candidate.formula_bytes is not None
+    ]
 
 
 def model_line(shape: ModelShape) -> str:

@@ -12,7 +12,7 @@ from kvserve.core.findings import NOTHING_FOUND, Findings, likely
 from kvserve.core.floors import why_below
 from kvserve.core.loss import NOTHING_MEASURED, Quality
 from kvserve.core.machine import Backend, Build, Gpu, Host, Machine
-from kvserve.core.plan import Launch, Plan, Request, Task
+from kvserve.core.plan import Plan, Request, Task
 from kvserve.core.selector import default_reserve, select
 from kvserve.core.shape import ModelShape
 from kvserve.device.host import process_rss, read_host
@@ -66,7 +66,6 @@ class Decider:
         self._request = request
         self._oracle = oracle
         self._quality = quality
-        self._told: set[Launch] = set()
 
     def allows(self, plan: Plan, task: Task) -> bool:
         """Whether a plan's KV types are good enough for a task. A floor that the user set by type
@@ -106,28 +105,7 @@ class Decider:
         if self._oracle is None:
             return plan
         decide = partial(self._decide, machine, n_ctx, returning_bytes, n_out_of_memory, task)
-        plan = confirm(plan, self._oracle, decide, likely(plan) if ahead else ())
-        self._tell(plan)
-        return plan
-
-    def _tell(self, plan: Plan) -> None:
-        if self._told.issuperset(candidate.launch for candidate in plan.differences):
-            return
-        import structlog  # noqa: PLC0415 - see the module
-
-        log = structlog.get_logger(__name__)
-        for candidate in plan.differences:
-            if candidate.launch in self._told:
-                continue
-            self._told.add(candidate.launch)
-            log.warning(
-                "computed sizes differ from llama.cpp's; its own are used",
-                cache_type=str(candidate.launch.pair),
-                n_ctx=candidate.launch.n_ctx,
-                n_gpu_layers=candidate.launch.n_gpu_layers,
-                computed_bytes=candidate.formula_bytes,
-                exact_bytes=candidate.memory.own_bytes,
-            )
+        return confirm(plan, self._oracle, decide, likely(plan) if ahead else ())
 
     def _decide(
         self,

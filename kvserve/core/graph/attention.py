@@ -31,6 +31,10 @@ class Inputs(Protocol):
         """The mask of one kind of cache."""
         ...
 
+    def places(self, window: int | None) -> tuple[Tensor, ...]:
+        """Where K and V of each token go in one kind of cache."""
+        ...
+
 
 def add_attention(frame: Frame, x: Tensor, layer: LayerShape, inputs: Inputs) -> Tensor:
     """Attention over the layer's cache; returns what goes to the residual."""
@@ -57,8 +61,9 @@ def add_attention(frame: Frame, x: Tensor, layer: LayerShape, inputs: Inputs) ->
     k = frame.row(cache.k_elements, k)
     if rotated_k:
         k = frame.row(cache.k_elements, k, *inputs.rotations())
-    frame.graph.use(k)
-    frame.graph.use(v)
+    places = inputs.places(cache.window)
+    frame.graph.use(k, *places)
+    frame.graph.use(v, *places)
     mixed = _add_mix(frame, q, layer, inputs, widths.attention)
     if rotated_v:
         mixed = frame.row(widths.attention, mixed, *inputs.rotations())
@@ -95,7 +100,8 @@ def _add_latent_attention(frame: Frame, x: Tensor, layer: LayerShape, inputs: In
     kv = frame.row(widths.kv_lora_rope, x)
     latent = frame.row(widths.kv_lora, kv)
     k_rope = frame.row(rope, kv)
-    frame.graph.use(frame.row(widths.kv_lora_rope, latent, k_rope))
+    places = inputs.places(attention_of(layer).window)
+    frame.graph.use(frame.row(widths.kv_lora_rope, latent, k_rope), *places)
     mixed = _add_mix(frame, q, layer, inputs, n_head * widths.kv_lora)
     mixed = frame.row(n_head * widths.mla_v, mixed)
     mixed = frame.row(n_head * widths.mla_v, mixed)

@@ -59,19 +59,19 @@ def _compute_bytes(shape: ModelShape, launch: Launch, part: "_Part") -> int:
     # On the host the place for ready embeddings stays empty, and rows are fetched beside it.
     residual = embeddings if frame.on_gpu else graph.add(residual_bytes)
     fetched: Tensor | None = None
+    n_outputs = min(frame.n_tokens, launch.n_outputs) if part.output else None
     layers = [shape.layers[scene.layer] for scene in scenes]
     for scene, layer, after in zip(scenes, layers, [*layers[1:], None], strict=False):
         here = replace(frame, on_host=scene.on_host, experts_away=scene.experts_away)
         if scans(frame, layer) and fetched is None:
             fetched = frame.state(state_of(layer).r_elements)
-        residual, fetched = _add_layer(here, layer, residual, inputs, fetched, after)
-    n_outputs = min(frame.n_tokens, launch.n_outputs)
-    if part.output:
-        last = graph.add(n_outputs * shape.n_embd * F32, residual)
-        graph.use(*inputs.all())
+        n_rows = n_outputs if after is None else None
+        residual, fetched = _add_layer(here, layer, residual, inputs, fetched, after, n_rows)
+    if n_outputs is not None:
+        last = graph.add(n_outputs * shape.n_embd * F32, residual, in_place=True)
         graph.add(n_outputs * shape.n_vocab * F32, last, kept=True)
     else:
-        graph.use(residual, *inputs.all())
+        graph.use(residual)
     return graph.peak_bytes(CUDA_ALIGNMENT if frame.on_gpu else CPU_ALIGNMENT)
 
 
@@ -111,8 +111,9 @@ class _Inputs:
         if not self._late:
             for key in self._sizes:
                 self._tensors(key)
-            for _ in range(2 * len(kinds)):
-                _add_inputs(frame.graph, frame.n_tokens * _INDEX_BYTES, part.n_copies)
+            for window in kinds:
+                places = (frame.n_tokens * _INDEX_BYTES,) * 2
+                self._there["places", window] = tuple(self._add(n) for n in places)
 
     def positions(self) -> tuple[Tensor, ...]:
         """The place of each token in its sequence."""
@@ -126,9 +127,9 @@ class _Inputs:
         """The mask of one kind of cache."""
         return self._tensors(("mask", window))
 
-    def all(self) -> tuple[Tensor, ...]:
-        """All that there is so far."""
-        return tuple(tensor for tensors in self._there.values() for tensor in tensors)
+    def places(self, window: int | None) -> tuple[Tensor, ...]:
+        """Where K and V of each token go in one kind of cache."""
+        return self._there.get(("places", window), ())
 
     def _tensors(self, key: object) -> tuple[Tensor, ...]:
         if key not in self._there:
@@ -164,8 +165,10 @@ def _add_layer(
     inputs: _Inputs,
     fetched: Tensor | None,
     after: LayerShape | None,
+    n_rows: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Norm, mixer and sum, then norm, feed-forward network and sum, as far as there are any.
+    """Norm, mixer and sum, then norm, feed-forward network and sum, as far as there are any. From
+    the mixer on the last layer goes on with the `n_rows` tokens whose logits are wanted.
 
     `fetched` is the state that a scan goes on from; the second result is that of the layer `after`
     this one, where it was fetched here."""
@@ -183,7 +186,10 @@ def _add_layer(
         elif layer.recurrent is not None:
             # The delta rule's result is seen through a view: the sum takes the residual's place.
             addends.append(add_delta_rule(frame, x, layer))
-        residual = graph.add(residual.n_bytes, *addends, in_place=True)
+        if n_rows is not None:
+            frame = replace(frame, n_tokens=n_rows)
+            addends = [frame.residual(addend) for addend in addends]
+        residual = graph.add(addends[-1].n_bytes, *addends, in_place=True)
     widths = frame.widths(layer)
     if widths.ff or widths.expert_ff:
         out = add_feed_forward(frame, frame.norm(residual), layer)
@@ -225,7 +231,7 @@ def _scenes(shape: ModelShape, launch: Launch, layers: range) -> tuple[_Scene, .
         kind = kinds[index]
         scene = _Scene(kind, on_host=index < first, experts_away=index < n_away)
         seen[before, scene] += 1
-        if seen[before, scene] <= _REPEATS:
+        if seen[before, scene] <= _REPEATS or index == layers[-1]:
             kept.append(scene)
         before = scene
     return tuple(kept)
