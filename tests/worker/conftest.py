@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -35,6 +36,9 @@ from kvserve.ipc.messages import (
     TokenLogprobs,
     ToWorker,
 )
+
+if TYPE_CHECKING:
+    from tests.worker.carry.conftest import Backend
 
 ROOT = Path(kvserve.__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -246,3 +250,32 @@ def worker(worker_factory: Workers, load_message: Callable[..., Load]) -> Iterat
     assert isinstance(peer.load(load_message()), Loaded)
     yield peer
     peer.process.kill()
+
+
+@pytest.fixture(scope="session")
+def backend() -> "Backend":
+    """llama.cpp in this process."""
+    from kvserve.worker import llama
+    from kvserve.worker.load_log import LoadLog
+    from tests.worker.carry.conftest import Backend
+
+    log = LoadLog()
+    llama.start_backend(log)
+    return Backend(log)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a generated model, once for each architecture and dimensions."""
+    from tests.models import write_model
+
+    written: dict[tuple[object, ...], Path] = {}
+    folder = tmp_path_factory.mktemp("models")
+
+    def write(arch: str, **dims: int) -> Path:
+        key = (arch, *sorted(dims.items()))
+        if key not in written:
+            written[key] = write_model(folder / f"{len(written)}.gguf", arch, **dims)
+        return written[key]
+
+    return write

@@ -1,11 +1,9 @@
 """Real contexts of small models, in this process."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from kvserve.core.dtypes import parse_pair
 from kvserve.ipc.messages import Load
@@ -13,7 +11,6 @@ from kvserve.worker import llama
 from kvserve.worker.carry.canary import next_distribution
 from kvserve.worker.carry.memory_file import LogProbs, Tokens
 from kvserve.worker.load_log import LoadLog
-from tests.models import write_model
 
 N_BATCH = 256
 
@@ -25,7 +22,14 @@ class Backend:
     log: LoadLog
 
     def context(
-        self, path: Path | str, pair: str = "f16", *, n_ctx: int = 512, n_threads: int = 1
+        self,
+        path: Path | str,
+        pair: str = "f16",
+        *,
+        n_ctx: int = 512,
+        n_threads: int = 1,
+        flash_attn: bool = True,
+        n_draft: int = 0,
     ) -> llama.Context:
         types = parse_pair(pair)
         load = Load(
@@ -38,7 +42,8 @@ class Backend:
             n_ubatch=N_BATCH,
             n_gpu_layers=0,
             n_cpu_moe=0,
-            flash_attn=True,
+            flash_attn=flash_attn,
+            n_draft=n_draft,
             n_threads=n_threads,
             n_threads_batch=n_threads,
             extra_buffers=False,
@@ -67,25 +72,3 @@ def score(context: llama.Context, slot: int, tokens: Tokens, start: int) -> list
 def random_tokens(n: int, seed: int = 0) -> Tokens:
     """Tokens of a generated model's vocabulary that are plain bytes."""
     return np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
-
-
-@pytest.fixture(scope="session")
-def backend() -> Backend:
-    log = LoadLog()
-    llama.start_backend(log)
-    return Backend(log)
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a generated model, once for each architecture and dimensions."""
-    written: dict[tuple[object, ...], Path] = {}
-    folder = tmp_path_factory.mktemp("models")
-
-    def write(arch: str, **dims: int) -> Path:
-        key = (arch, *sorted(dims.items()))
-        if key not in written:
-            written[key] = write_model(folder / f"{len(written)}.gguf", arch, **dims)
-        return written[key]
-
-    return write

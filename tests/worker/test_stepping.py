@@ -1,0 +1,152 @@
+"""What comes of requests hangs neither on whether steps are repeated without a plan, nor on whether
+answers are made while the device computes the next step."""
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvserve.ipc.messages import (
+    Cancel,
+    Failed,
+    FromWorker,
+    Generate,
+    Grammar,
+    NeedsContext,
+    Sampling,
+    Step,
+    TextPrompt,
+    Tokenized,
+)
+from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.engine import Engine
+from kvserve.worker.llama import Context
+from kvserve.worker.scheduler import Scheduler
+from kvserve.worker.speculation.lookup import LookupProposer
+from kvserve.worker.speculation.speculator import Speculator
+from kvserve.worker.templates import choose
+from tests.models import write_model
+from tests.worker.carry.conftest import Backend
+
+Outcome = dict[int, tuple[str, tuple[int, ...], str]]
+
+
+class AllOver(BaseException):
+    """Ends the engine, which never returns."""
+
+
+@dataclass
+class Collector:
+    """The daemon's end: what came for each request, until `n_wanted` are over."""
+
+    inbox: "queue.SimpleQueue[object]"
+    n_wanted: int
+    cancels: dict[int, int] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    ends: dict[int, str] = field(default_factory=dict)
+    n_steps: int = 0
+
+    def send(self, message: FromWorker) -> None:
+        match message:
+            case Step():
+                self.n_steps += 1
+                for delta in message.deltas:
+                    assert self.ends.get(delta.id, "cancelled") == "cancelled", (
+                        "a token after the end"
+                    )
+                    self.texts[delta.id] = self.texts.get(delta.id, "") + delta.text
+                    self.tokens.setdefault(delta.id, []).extend(delta.tokens)
+                    if len(self.tokens[delta.id]) == self.cancels.get(delta.id):
+                        self.inbox.put(Cancel(delta.id))
+                        self.ends[delta.id] = "cancelled"
+                for end in message.ends:
+                    self.ends[end.id] = f"{end.reason} {end.n_generated_tokens} {end.stop_text}"
+            case Failed(id=request) | NeedsContext(id=request):
+                self.ends[request] = repr(message)
+            case Tokenized():
+                pass
+        if len(self.ends) == self.n_wanted:
+            raise AllOver
+
+    @property
+    def outcome(self) -> Outcome:
+        return {
+            request: (self.texts.get(request, ""), tuple(self.tokens.get(request, ())), how)
+            for request, how in self.ends.items()
+            if how != "cancelled"
+        }
+
+
+def asked(**fields: object) -> Callable[[int], Generate]:
+    sampling = Sampling(seed=7, **fields.pop("sampling", {"temperature": 1.2, "top_k": 60}))
+    prompt = fields.pop("prompt", "hello world")
+    return lambda request: Generate(request, TextPrompt(prompt), sampling, **fields)
+
+
+REQUESTS = (
+    asked(max_tokens=40, ignore_eos=True),
+    asked(max_tokens=1),
+    asked(max_tokens=33, stop=("e", "the answer")),
+    asked(max_tokens=30, sampling={"temperature": 0.0}),
+    asked(max_tokens=37, sampling={"presence_penalty": 0.5, "repeat_penalty": 1.3}),
+    asked(max_tokens=20, n_logprobs=2),
+    asked(max_tokens=25, sampling={"top_p": 0.7, "top_k": 0}),
+    asked(max_tokens=60, min_tokens=20, stop=("a",)),
+    asked(max_tokens=40, grammar=Grammar("regex", "[a-c]{9}x*")),
+    asked(max_tokens=22, prompt="the question and the answer and the question and the"),
+    asked(max_tokens=400, prompt="world " * 30, may_grow=True, ignore_eos=True),
+)
+
+
+def run(context: Context, *, speculates: bool, cancels: dict[int, int]) -> Collector:
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    collector = Collector(inbox, len(REQUESTS), cancels)
+    template = choose("llama", None, context.vocab.has)
+    speculator = Speculator(LookupProposer(), 4, 8) if speculates else None
+    renderer = ChatRenderer(template, bos_text="", eos_text="")
+    engine = Engine(
+        context, collector, renderer, inbox, 4, speculator=speculator, n_draft=8 * speculates
+    )
+    for request, ask in enumerate(REQUESTS):
+        inbox.put(ask(request))
+    with pytest.raises(AllOver):
+        engine.run()
+    for slot in range(4 + context.reuse_rules.n_spare):
+        context.clear_slot(slot)
+    return collector
+
+
+@pytest.fixture(scope="module")
+def context(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """Rounded as little as in `test_seeds`: no draw hangs on the company of its row."""
+    path = tmp_path_factory.mktemp("model") / "f32.gguf"
+    write_model(path, "llama", weight_type="F32")
+    return backend.context(path, "f32", n_ctx=256, flash_attn=False, n_draft=8)
+
+
+# llguidance's own call into llama_cpp.
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_repeated_steps_answer_as_planned_ones_do(
+    context: Context, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, speculates: bool
+) -> None:
+    cancels = {0: 11}
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "may_repeat", lambda self, n: False)
+        planned = run(context, speculates=False, cancels=cancels)
+    monkeypatch.setattr(type(context), "asynchronous", asynchronous)
+    repeats = []
+    may_repeat = Scheduler.may_repeat
+
+    def counted(self: Scheduler, n: int) -> bool:
+        repeats.append(may_repeat(self, n))
+        return repeats[-1]
+
+    monkeypatch.setattr(Scheduler, "may_repeat", counted)
+    repeated = run(context, speculates=speculates, cancels=cancels)
+    assert sum(repeats) > 20
+    assert repeated.outcome == planned.outcome
+    assert 11 <= len(repeated.tokens[0]) <= 13, "a cancelled request ends within a step or two"
