@@ -7,12 +7,17 @@ import argparse
 import os
 import pydoc_data.topics
 import statistics
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kvserve.core.dtypes import KvType, parse_pair
 from kvserve.ipc.messages import Load
@@ -37,6 +42,7 @@ from kvserve.worker.carry.structure import (
 )
 from kvserve.worker.carry.transcode import transcode
 from kvserve.worker.load_log import LoadLog
+from tests.models import write_model
 
 PAIRS = ("bf16", "q8_0", "q8_0:q5_1", "q8_0:q4_0", "q5_1", "q5_1:q4_0", "q5_0", "q4_1", "q4_0")
 N_BATCH = 512
@@ -46,6 +52,8 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a GGUF file; without it, the demo model")
+    parser.add_argument("--kinds", default="", help="generated models instead, by commas")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="KV types, by commas")
     parser.add_argument("--passages", type=int, default=4, help="0 leaves the loss out")
     parser.add_argument("--tokens", type=int, default=1500, help="of each passage's prefix")
     parser.add_argument("--scored", type=int, default=64, help="tokens that follow each prefix")
@@ -53,7 +61,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, cores])
     options = parser.parse_args()
     if options.passages:
-        print_loss(options)
+        start_backend(log := LoadLog())
+        with tempfile.TemporaryDirectory() as folder:
+            for name, path in models(options, Path(folder)):
+                print_loss(options, name, path, log)
     if options.shape_tokens:
         print_speed(options.shape_tokens, sorted(set(options.threads)))
 
@@ -83,35 +94,45 @@ class Passage:
         return found
 
 
-def print_loss(options: argparse.Namespace) -> None:
-    log = LoadLog()
-    start_backend(log)
+def models(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str]]:
+    """Names and files of what is measured. Generated weights are random, and larger than usual, so
+    that attention matters and distributions are not flat."""
+    if not options.kinds:
+        path = model_path(options)
+        yield Path(path).stem, path
+    for kind in filter(None, options.kinds.split(",")):
+        sizes = {"n_layer": 4, "n_ctx_train": 4096, "seed": 5, "scale": 0.2}
+        yield f"{kind}, generated", str(write_model(folder / f"{kind}.gguf", kind, **sizes))
+
+
+def print_loss(options: argparse.Namespace, name: str, path: str, log: LoadLog) -> None:
     contexts: dict[str, Context] = {}
+    pairs = options.pairs.split(",")
 
     def context(pair: str) -> Context:
         if pair not in contexts:
             n_ctx = 2 * (options.tokens + options.scored)
-            contexts[pair] = open_context(model_path(options), pair, n_ctx, log)
+            contexts[pair] = open_context(path, pair, n_ctx, log)
         return contexts[pair]
 
     lost: dict[tuple[str, str], list[float]] = defaultdict(list)
     for passage in passages(context("f16"), options):
-        for how, pair, klds in losses(passage, context):
+        for how, pair, klds in losses(passage, context, pairs):
             lost[how, pair] += klds
     n_positions = options.passages * options.scored
     print(
-        f"KLD in nats against an f16 prefill, {options.passages} passages of {options.tokens:,} "
-        f"tokens, {n_positions} positions: mean (largest)\n\n"
+        f"{name}: KLD in nats against an f16 prefill, {options.passages} passages of "
+        f"{options.tokens:,} tokens, {n_positions} positions: mean (largest)\n\n"
         "| type | prefilled | carried from f16 | and back to f16 | canary limit |\n"
         "|---|---|---|---|---|"
     )
-    for pair in ("f16", *PAIRS):
+    for pair in ("f16", *pairs):
         cells = [
-            f"{statistics.mean(klds):.4f} ({max(klds):.2f})" if klds else ""
+            f"{statistics.mean(klds):.2g} ({max(klds):.2g})" if klds else ""
             for klds in (lost[how, pair] for how in ("prefilled", "carried", "back"))
         ]
         print(f"| {pair} | {' | '.join(cells)} | {divergence_limit(parse_pair(pair)):g} |")
-    print()
+    print(flush=True)
 
 
 def model_path(options: argparse.Namespace) -> str:
@@ -157,7 +178,7 @@ def passages(context: Context, options: argparse.Namespace) -> Iterator[Passage]
 
 
 def losses(
-    passage: Passage, context: Callable[[str], Context]
+    passage: Passage, context: Callable[[str], Context], pairs: list[str]
 ) -> Iterator[tuple[str, str, list[float]]]:
     """How a cache was filled, its types, and the KLD of each position."""
     f16 = context("f16")
@@ -171,7 +192,7 @@ def losses(
 
         import_sequence(f16, 0, state)
         yield "carried", "f16", loss("f16")
-        for pair in PAIRS:
+        for pair in pairs:
             passage.prefill(context(pair), 0)
             yield "prefilled", pair, loss(pair)
             target = forecast(state.layout, parse_pair(pair))

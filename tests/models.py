@@ -38,13 +38,15 @@ def write_model(
     chat_template: str | None = CHAT_TEMPLATE,
     weight_type: str = "F16",
     seed: int = 0,
+    scale: float = 0.05,
     extra: Metadata | None = None,
     **dims: int | bool | None,
 ) -> Path:
     """Write a loadable model of `ARCHITECTURES` with random weights; `dims` are fields of `Spec`.
 
     `vocab=None` leaves the vocabulary out (llama.cpp's `no_vocab`); `extra` adds or replaces
-    metadata, with None taking a key away. Matrices are of `weight_type`, the rest is f32.
+    metadata, with None taking a key away. Matrices are of `weight_type`, the rest is f32; weights
+    have the standard deviation `scale`.
     """
     spec = replace(Spec(arch), **dims)  # type: ignore[arg-type]
     tokens = tiny_vocab() if vocab else None
@@ -55,7 +57,7 @@ def write_model(
     random = np.random.default_rng(seed)
     matrix = gguf.GGMLQuantizationType[weight_type]
     for name, shape in tensors:
-        data = random.standard_normal(shape[::-1], dtype=np.float32) * 0.05
+        data = random.standard_normal(shape[::-1], dtype=np.float32) * np.float32(scale)
         if name.endswith(("norm.weight", "ssm_d")):
             data = np.ones_like(data)
         if name.endswith("ssm_a"):

@@ -5,7 +5,7 @@ from statistics import median
 
 _BESIDE_STREAMS_S = 0.15
 _ALONE_S = 1.0
-_STRETCH = 1.75
+_STRETCH = 1.6
 """Beside streams, prompt tokens may take so many times as long as the streams' own step: with it
 the gap between two of their tokens stays below three times what it is without a prompt."""
 _FEWEST = 32

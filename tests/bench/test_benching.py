@@ -40,7 +40,13 @@ def test_other_streams_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("requests", 0), ("prompt_words", 0), ("shared_words", -1), ("max_tokens", -5)],
+    [
+        ("requests", 0),
+        ("prompt_words", 0),
+        ("shared_words", -1),
+        ("max_tokens", -5),
+        ("arriving_words", -1),
+    ],
 )
 def test_numbers_without_a_load_are_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} {value}: write [01] or"):
@@ -55,6 +61,11 @@ def test_a_prompt_is_not_shorter_than_its_prefix() -> None:
 def test_a_plot_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--svg .*No such file or directory"):
         bench(replace(OPTIONS, svg=tmp_path / "none" / "plot.svg"))
+
+
+def test_gaps_have_no_plot(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no plot of --arriving-words"):
+        bench(replace(OPTIONS, svg=tmp_path / "plot.svg", arriving_words=100))
 
 
 def test_looking_whether_a_report_can_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -323,3 +323,17 @@ def test_refuses_what_can_never_fit() -> None:
     for n_tokens in (0, 65):
         with pytest.raises(ValueError, match="do not fit"):
             scheduler.add(1, np.zeros(65), n_tokens)
+
+
+def test_those_that_wait_for_their_first_token_are_counted_as_far_as_there_are_places() -> None:
+    scheduler, _ = fake_scheduler(n_cells=512, n_slots=3, n_batch=64)
+    assert scheduler.n_unanswered == 0
+    for request in range(5):
+        scheduler.add(request, np.full(64, request), 8)
+    assert scheduler.n_unanswered == 3
+    batch = scheduler.plan(64)
+    scheduler.commit(batch)
+    scheduler.grow(0)
+    assert (scheduler.n_decoding, scheduler.n_unanswered) == (1, 2)
+    scheduler.remove(0)
+    assert scheduler.n_unanswered == 3
