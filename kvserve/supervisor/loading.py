@@ -106,8 +106,13 @@ class Loads(Changes):
                 "sequences carried",
                 n_sequences=carry.n_sequences,
                 n_tokens=carry.n_tokens,
+                n_tokens_ahead=carry.n_tokens_ahead,
                 refused=carry.refused,
                 seconds=round(carry.seconds, 3),
+                export_seconds=round(carry.export_seconds, 3),
+                transcode_seconds=round(carry.transcode_seconds, 3),
+                import_seconds=round(carry.import_seconds, 3),
+                proof_seconds=round(carry.proof_seconds, 3),
             )
         if not self.first_ready.done():
             self.first_ready.set_result(None)
