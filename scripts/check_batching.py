@@ -8,6 +8,7 @@ Exits with 1 where answers part at a difference above the tolerance.
 """
 
 import argparse
+import pydoc_data.topics
 import random
 import sys
 import tempfile
@@ -16,13 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kvserve.ipc.messages import Load, Loaded, Shutdown, TokenPrompt
+from gguf_dequantize import dequantize
+
+from kvserve.ipc.messages import Load, Loaded, Prompt, Shutdown, TextPrompt, TokenPrompt
 from tests.models import write_model
 from tests.worker.conftest import Answer, Peer, Workers
 
 TOLERANCE = 0.01
 KINDS = ("llama", "gemma3", "qwen35", "mamba2")
 N_SLOTS = 8
+_FEWEST_REAL = 1_000
+"""Vocabularies of fewer tokens are made of bytes, others of words."""
 HEADER = (
     "| model | answers | tokens | cached tokens | decoded again after preemption "
     "| answers that part | largest difference of the top two there |\n|---|---|---|---|---|---|---|"
@@ -51,6 +56,10 @@ def main() -> int:
     arguments = read_arguments()
     with tempfile.TemporaryDirectory() as folder:
         models = {arguments.model: arguments.model} if arguments.model else {}
+        if arguments.model and arguments.weights:
+            name = f"{Path(arguments.model).stem}, {arguments.weights} weights"
+            whole = Path(folder) / "whole.gguf"
+            models = {name: str(dequantize(Path(arguments.model), whole, arguments.weights))}
         for kind in () if arguments.model else arguments.kinds.split(","):
             path = Path(folder) / f"{kind}.gguf"
             write_model(path, kind, n_layer=4, window=64, seed=3)
@@ -72,6 +81,15 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a GGUF file; generated models where it is left out")
+    parser.add_argument("--weights", choices=("F16", "F32"), help="dequantize the model first")
+    parser.add_argument("--cache-type", default="f16", help="of K and V")
+    parser.add_argument("--no-repack", action="store_true", help="without repacked CPU weights")
+    parser.add_argument("--no-flash-attn", action="store_true")
+    parser.add_argument("--ubatch", type=int, default=256, help="tokens of a micro-batch")
+    parser.add_argument("--slots", type=int, default=N_SLOTS, help="places, all of one batch")
+    parser.add_argument(
+        "--text", action="store_true", help="prompts of real text, no random tokens"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help="of generated models")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
@@ -83,17 +101,20 @@ def read_arguments() -> argparse.Namespace:
 
 def compare(worker: Peer, path: str, arguments: argparse.Namespace) -> Outcome:
     load = Load(
-        model_path=path, type_k="f16", type_v="f16", n_ctx=arguments.ctx, n_seq_max=N_SLOTS,
-        n_batch=256, n_ubatch=256, n_gpu_layers=0, n_cpu_moe=0, flash_attn=True,
+        model_path=path, type_k=arguments.cache_type, type_v=arguments.cache_type,
+        n_ctx=arguments.ctx, n_seq_max=arguments.slots, n_batch=256, n_ubatch=arguments.ubatch,
+        n_gpu_layers=0, n_cpu_moe=0, flash_attn=not arguments.no_flash_attn,
         n_threads=arguments.threads, n_threads_batch=arguments.threads,
+        extra_buffers=not arguments.no_repack,
     )  # fmt: skip
     loaded = worker.load(load)
     assert isinstance(loaded, Loaded), loaded
-    prompts = make_prompts(arguments.prompts, arguments.ctx // 4, loaded.n_vocab)
+    make = text_prompts if arguments.text else token_prompts
+    prompts = make(arguments.prompts, arguments.ctx // 4, loaded.n_vocab)
 
-    def ask(prompt: list[int], salt: str) -> int:
+    def ask(prompt: Prompt, salt: str) -> int:
         return worker.ask(
-            TokenPrompt(tuple(prompt)),
+            prompt,
             max_tokens=arguments.tokens,
             ignore_eos=True,
             n_logprobs=2,
@@ -103,7 +124,7 @@ def compare(worker: Peer, path: str, arguments: argparse.Namespace) -> Outcome:
     together = worker.finish(*[ask(prompt, "") for prompt in prompts])
     n_prefilled = sum(step.n_prefilled for step in worker.steps)
     n_cached = sum(answer.end.n_cached_tokens for answer in together)
-    n_again = n_prefilled - (sum(map(len, prompts)) - n_cached)
+    n_again = n_prefilled - (sum(answer.n_prompt or 0 for answer in together) - n_cached)
     gaps = []
     for n, (prompt, answer) in enumerate(zip(prompts, together, strict=True)):
         alone = worker.finish(ask(prompt, f"alone {n}"))[0]
@@ -114,8 +135,8 @@ def compare(worker: Peer, path: str, arguments: argparse.Namespace) -> Outcome:
     return Outcome(len(together), n_tokens, n_cached, n_again, gaps)
 
 
-def make_prompts(n: int, longest: int, n_vocab: int) -> list[list[int]]:
-    """Half of them begin like another one, of any length up to `longest`."""
+def token_prompts(n: int, longest: int, n_vocab: int) -> list[Prompt]:
+    """Random tokens; half of them begin like another one, of any length up to `longest`."""
     chance = random.Random(7)
     ids = range(5, min(n_vocab, 20_000))
     prompts: list[list[int]] = []
@@ -123,6 +144,23 @@ def make_prompts(n: int, longest: int, n_vocab: int) -> list[list[int]]:
         older = chance.choice(prompts) if prompts and chance.random() < 0.5 else []
         base = older[: chance.randint(0, len(older))]
         prompts.append((base + chance.choices(ids, k=chance.randint(8, longest // 2)))[:longest])
+    return [TokenPrompt(tuple(prompt)) for prompt in prompts]
+
+
+def text_prompts(n: int, longest: int, n_vocab: int) -> list[Prompt]:
+    """Python's own documentation from random places on, half of them beginning at the same ones;
+    about `longest` tokens at most."""
+    chance = random.Random(7)
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    n_characters = longest * (3 if n_vocab > _FEWEST_REAL else 1)
+    prompts: list[Prompt] = []
+    starts: list[int] = []
+    for _ in range(n):
+        again = starts and chance.random() < 0.5
+        start = chance.choice(starts) if again else chance.randrange(len(text) - n_characters)
+        starts.append(start)
+        prompts.append(TextPrompt(text[start : start + chance.randint(30, n_characters)]))
     return prompts
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -90,7 +90,7 @@ async def run(url: str, load: Load, *, model: str = "default", api_key: str = "n
             for turn in range(load.requests_per_stream):
                 prompt = load.prompt(index * load.requests_per_stream + turn)
                 try:
-                    answers.append(await _ask(client, model, prompt, load.max_tokens))
+                    answers.append(await ask(client, model, prompt, load.max_tokens))
                 except (httpx.HTTPError, ValueError, KeyError) as error:
                     failures.append(f"{type(error).__name__}: {error}")
 
@@ -104,8 +104,9 @@ async def run(url: str, load: Load, *, model: str = "default", api_key: str = "n
     return summarize(load, answers, len(failures), seconds)
 
 
-async def _ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Answer:
-    body = {
+def sampled(model: str, prompt: str, max_tokens: int) -> dict[str, object]:
+    """The body of a streamed completion, as this bench asks for all of them."""
+    return {
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -117,9 +118,15 @@ async def _ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: i
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began = time.perf_counter()
-    arrivals: list[float] = []
-    usage: dict[str, object] = {}
+
+
+async def events(
+    client: httpx.AsyncClient, body: dict[str, object]
+) -> AsyncIterator[tuple[dict[str, object], bool]]:
+    """A completion's chunks as they come: the usage in it, if any, and whether it has text.
+
+    Raises ValueError where the server refuses or breaks off.
+    """
     async with client.stream("POST", "/completions", json=body) as response:
         if response.is_error:
             await response.aread()
@@ -130,9 +137,19 @@ async def _ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: i
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise ValueError(str(chunk["error"]))
-            usage = chunk.get("usage") or usage
-            if any(choice.get("text") for choice in chunk.get("choices", ())):
-                arrivals.append(time.perf_counter())
+            has_text = any(choice.get("text") for choice in chunk.get("choices", ()))
+            yield chunk.get("usage") or {}, has_text
+
+
+async def ask(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Answer:
+    """One completion, timed. Raises ValueError where there is none."""
+    began = time.perf_counter()
+    arrivals: list[float] = []
+    usage: dict[str, object] = {}
+    async for told, has_text in events(client, sampled(model, prompt, max_tokens)):
+        usage = told or usage
+        if has_text:
+            arrivals.append(time.perf_counter())
     if not arrivals:
         raise ValueError("an answer without text")
     details = usage.get("prompt_tokens_details")

@@ -178,6 +178,10 @@ def bench(
     requests: Annotated[int, typer.Option("--requests", help="Requests of each stream.")] = 2,
     prompt_words: Annotated[int, typer.Option("--prompt-words")] = 112,
     shared_words: Annotated[int, typer.Option("--shared-words", help="Common prefix.")] = 0,
+    arriving_words: Annotated[
+        int,
+        typer.Option("--arriving-words", help="Gaps of the streams while such a prompt arrives."),
+    ] = 0,
     max_tokens: Annotated[int, typer.Option("--max-tokens")] = 128,
     cache_type: Annotated[str, typer.Option("--cache-type", help="For all servers.")] = "f16",
     threads: Annotated[int | None, typer.Option("--threads")] = None,
@@ -215,6 +219,7 @@ def bench(
             cpu=cpu,
             svg=svg,
             as_json=as_json,
+            arriving_words=arriving_words,
         )
     )
 

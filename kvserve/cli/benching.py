@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvserve.bench import arrival as arrivals
 from kvserve.bench import load as loads
 from kvserve.bench import servers
 from kvserve.bench.report import plot, table
@@ -23,7 +24,8 @@ _TEMPLATE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What is measured. `versus` are `llama-server=PATH` and further flags after it."""
+    """What is measured. `versus` are `llama-server=PATH` and further flags after it. With
+    `arriving_words` the streams run through, and `requests` prompts of so many words arrive."""
 
     url: str | None
     model: str | None
@@ -38,6 +40,7 @@ class BenchOptions:
     cpu: bool
     svg: Path | None
     as_json: bool
+    arriving_words: int = 0
 
 
 def bench(options: BenchOptions) -> None:
@@ -47,6 +50,16 @@ def bench(options: BenchOptions) -> None:
     """
     _check(options)
     series: dict[str, list[loads.Result]] = {}
+    disturbed: dict[str, list[arrivals.Disturbance]] = {}
+
+    def measure(name: str, url: str, load: loads.Load) -> None:
+        asyncio.run(loads.run(url, WARM_UP))
+        if options.arriving_words:
+            arrival = arrivals.Arrival(load, options.arriving_words, options.requests)
+            disturbed.setdefault(name, []).append(asyncio.run(arrivals.run(url, arrival)))
+        else:
+            series.setdefault(name, []).append(asyncio.run(loads.run(url, load)))
+
     for streams in options.streams:
         load = loads.Load(
             streams=streams,
@@ -56,15 +69,19 @@ def bench(options: BenchOptions) -> None:
             max_tokens=options.max_tokens,
         )
         if options.url is not None:
-            series.setdefault(options.url, []).append(_measure(options.url, load))
+            measure(options.url, options.url, load)
             continue
         for server in _servers(options, load):
             with servers.running(server) as url:
-                series.setdefault(server.name, []).append(_measure(url, load))
+                measure(server.name, url, load)
     if options.as_json:
-        print(json.dumps({name: [asdict(r) for r in rs] for name, rs in series.items()}, indent=1))
+        found: dict[str, list[dict[str, object]]] = {
+            name: [asdict(one) for one in results]
+            for name, results in (disturbed or series).items()
+        }
+        print(json.dumps(found, indent=1))
     else:
-        print(table(series))
+        print(arrivals.table(disturbed) if disturbed else table(series))
     if options.svg is not None:
         options.svg.expanduser().write_text(plot(series))
 
@@ -87,6 +104,7 @@ def _check(options: BenchOptions) -> None:
         "prompt_words": (options.prompt_words, 1),
         "shared_words": (options.shared_words, 0),
         "max_tokens": (options.max_tokens, 1),
+        "arriving_words": (options.arriving_words, 0),
     }
     for name, (value, lowest) in least.items():
         if value < lowest:
@@ -99,12 +117,9 @@ def _check(options: BenchOptions) -> None:
             param="shared_words",
         )
     if options.svg is not None:
+        if options.arriving_words:
+            raise UsageError("--svg: there is no plot of --arriving-words", param="svg")
         writable(options.svg, "svg")
-
-
-def _measure(url: str, load: loads.Load) -> loads.Result:
-    asyncio.run(loads.run(url, WARM_UP))
-    return asyncio.run(loads.run(url, load))
 
 
 def _servers(options: BenchOptions, load: loads.Load) -> list[servers.Server]:
@@ -112,10 +127,11 @@ def _servers(options: BenchOptions, load: loads.Load) -> list[servers.Server]:
         raise UsageError("nothing to measure: add --url URL, or --model FILE", param="model")
     pair = parse_pair(options.cache_type)
     each = load.prompt_words + load.max_tokens + _TEMPLATE_TOKENS
+    arriving = options.arriving_words and options.arriving_words + _TEMPLATE_TOKENS
     settings = servers.Settings(
         model=str(open_model(load_settings({"model": options.model})).file.path),
-        n_ctx=-(-each * load.streams // 256) * 256,
-        n_parallel=load.streams,
+        n_ctx=-(-(each * load.streams + arriving) // 256) * 256,
+        n_parallel=load.streams + (1 if arriving else 0),
         cache_type_k=pair.k,
         cache_type_v=pair.v,
         n_threads=options.threads,

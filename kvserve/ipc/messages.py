@@ -26,8 +26,9 @@ class Load(Message, frozen=True):
 
     `n_gpu_layers` counts the output layer, as llama.cpp does; `n_cpu_moe` layers from the front
     keep their routed experts on the host. `extra_buffers` False turns llama.cpp's repacked CPU
-    weights off (they trap on some virtual machines). `carried` are files with the sequences that
-    an earlier worker exported, to be read before `Loaded`. `cache_ram_bytes` of host memory hold
+    weights off (they trap on some virtual machines). `carried` are the sequences that an earlier
+    worker exported, to be read before `Loaded`: for each its files, the beginning first, the last
+    one complete but for what is in those before it. `cache_ram_bytes` of host memory hold
     conversations that have to leave the KV cache. `speculate` says where proposed tokens come
     from: at most `n_draft` of them are in a batch, and `n_draft_each` of one sequence. The file at
     `draft_path` holds the draft model.
@@ -47,7 +48,7 @@ class Load(Message, frozen=True):
     n_threads_batch: int
     tensor_split: tuple[float, ...] = ()
     extra_buffers: bool = True
-    carried: tuple[str, ...] = ()
+    carried: tuple[tuple[str, ...], ...] = ()
     cache_ram_bytes: int = 0
     speculate: Speculate = "off"
     n_draft: int = 0
@@ -186,11 +187,18 @@ class Cancel(Message, frozen=True):
     id: int
 
 
+class CopyAhead(Message, frozen=True):
+    """A `Pause` will come: copy what is in the cache now, a piece at a time between two steps, up
+    to `export_bytes` in all, and answer `CopiedAhead`. Once in a worker's life."""
+
+    export_bytes: int
+
+
 class Pause(Message, frozen=True):
     """Stop after the current step, answer `Paused`, and generate no more.
 
     Sequences are exported up to `export_bytes` in all, those that run first, then the kept ones,
-    the latest used before the others.
+    the latest used before the others; of those copied ahead only what has come since.
     """
 
     export_bytes: int = 0
@@ -201,26 +209,39 @@ class Shutdown(Message, frozen=True):
 
 
 class Transcode(Message, frozen=True):
-    """Before `Load`: begin to rewrite the sequences of the files `carried` for these KV types.
+    """Before `Load`: begin to rewrite sequences for these KV types, and answer `Transcoded`.
 
-    The `Load` that follows repeats the files; where its types are others, this was in vain.
+    `carried` is as in `Load`, but of sequences that are `ahead` more files may follow, and whoever
+    else works goes first. May come several times. The `Load` that follows repeats what it wants;
+    where its types are others, this was in vain.
     """
 
-    carried: tuple[str, ...]
+    carried: tuple[tuple[str, ...], ...]
+    type_k: str
+    type_v: str
+    ahead: bool = False
+
+
+class TakeAhead(Message, frozen=True):
+    """To a worker that has answered `Loaded` and had no request yet: read the files that were
+    copied ahead into the cache, as far as they go, and answer `TakenAhead`. A `TakeIn` follows."""
+
+    carried: tuple[tuple[str, ...], ...]
     type_k: str
     type_v: str
 
 
 class TakeIn(Message, frozen=True):
-    """To a worker that has answered `Loaded` and had no request yet: read the sequences of the
-    files `carried` into the cache, rewritten for its KV types, and answer `TakenIn`."""
+    """To a worker that has answered `Loaded` and had no request yet: read the sequences `carried`,
+    as in `Load`, into the cache, and answer `TakenIn`. What was taken ahead and is not the
+    beginning of one of them is given up."""
 
-    carried: tuple[str, ...]
+    carried: tuple[tuple[str, ...], ...]
     type_k: str
     type_v: str
 
 
-ToWorker = Load | Transcode | TakeIn | Generate | Cancel | Pause | Shutdown
+ToWorker = Load | Transcode | TakeAhead | TakeIn | Generate | Cancel | CopyAhead | Pause | Shutdown
 
 
 class Awake(Message, frozen=True):
@@ -254,12 +275,23 @@ class MemoryReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class CarryReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of the carried sequences; `refused` has the reason of each that was not read
-    and will be prefilled again."""
+    and will be prefilled again.
+
+    `n_tokens` came along, `n_tokens_ahead` of them copied before the pause. The old worker took
+    `export_seconds` of the pause. `seconds` passed from when the next one could take them in until
+    it had, of which it waited `transcode_seconds`, read for `import_seconds`, and decoded for
+    `proof_seconds`.
+    """
 
     n_sequences: int = 0
     n_tokens: int = 0
     refused: tuple[str, ...] = ()
     seconds: float = 0.0
+    n_tokens_ahead: int = 0
+    export_seconds: float = 0.0
+    transcode_seconds: float = 0.0
+    import_seconds: float = 0.0
+    proof_seconds: float = 0.0
 
 
 class Loaded(Message, frozen=True):
@@ -275,6 +307,14 @@ class Loaded(Message, frozen=True):
     flash_attn: bool = True
     carried: CarryReport | None = None
     speculation: str = "off"
+
+
+class Transcoded(Message, frozen=True):
+    """The files of a `Transcode` are rewritten, as far as they could be."""
+
+
+class TakenAhead(Message, frozen=True):
+    """What a `TakeAhead` named is in the cache, as far as it could be carried."""
 
 
 class TakenIn(Message, frozen=True):
@@ -397,11 +437,31 @@ class Failed(Message, frozen=True):
 
 
 class ExportedState(msgspec.Struct, frozen=True, array_like=True):
-    """One exported sequence: an open memory file of the worker's, and how much it holds."""
+    """One exported sequence: an open memory file of the worker's, and how much it holds. The
+    beginning, `n_tokens_ahead` of the `n_tokens`, is in the files `ahead`, copied ahead."""
 
     fd: int
     n_bytes: int
     n_tokens: int
+    ahead: tuple[int, ...] = ()
+    n_tokens_ahead: int = 0
+
+
+class CopiedPiece(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a sequence: an open memory file of the worker's."""
+
+    fd: int
+    n_bytes: int
+
+
+class CopiedAhead(Message, frozen=True):
+    """What was in the cache, in pieces: for each sequence those of its beginning, in order.
+
+    The worker keeps the files open until it exits; `Paused` tells which of them are still good.
+    """
+
+    sequences: tuple[tuple[CopiedPiece, ...], ...] = ()
+    seconds: float = 0.0
 
 
 class Paused(Message, frozen=True):
@@ -421,6 +481,8 @@ FromWorker = (
     | Hello
     | Progress
     | Loaded
+    | Transcoded
+    | TakenAhead
     | TakenIn
     | LoadFailed
     | Tokenized
@@ -428,5 +490,6 @@ FromWorker = (
     | NeedsContext
     | Step
     | Failed
+    | CopiedAhead
     | Paused
 )

@@ -109,6 +109,12 @@ class Changes(Callers):
             allows=partial(self._planner.allows, plan),
         )
 
+    def _dispatch(self, state: Serving | Overlapping | Draining) -> None:
+        """Hand the next requests to the worker."""
+        plan = state.attempt.plan
+        terms = self._terms(plan, state.loaded.n_ctx)
+        self._requests.dispatch(state.worker, plan.chosen.launch.n_parallel, terms)
+
     def _settle_tasks(self, why: str, plan: Plan) -> None:
         terms = self._terms(plan, self._adapting.n_ctx)
         may_serve = self._policy.serves_below_floor

@@ -9,7 +9,7 @@ from msgspec import structs
 from kvserve.core.growth import Adapt, GrowthPolicy
 from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch, Plan, Task
-from kvserve.ipc.messages import Load, Loaded, Speculate, ToWorker
+from kvserve.ipc.messages import Load, Loaded, Speculate, ToWorker, Transcode
 from kvserve.supervisor.loads import load_of
 from kvserve.supervisor.states import Attempt, Worker
 from kvserve.supervisor.status import Measured
@@ -24,6 +24,11 @@ class Spawner(Protocol):
 
     async def spawn_ahead(self, launch: Launch) -> None:
         """Prepare for a `spawn` that comes soon; returns when that is done. Never raises."""
+        ...
+
+    async def transcode_ahead(self, message: Transcode) -> None:
+        """Have what `spawn_ahead` prepared rewrite sequences; returns when that is done, or there
+        is nobody to do it. Never raises."""
         ...
 
     def tell_ahead(self, message: ToWorker) -> None:

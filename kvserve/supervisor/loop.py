@@ -12,6 +12,7 @@ import structlog
 from kvserve.core.lifecycle import Event
 from kvserve.errors import NotReady
 from kvserve.ipc.messages import (
+    CopiedAhead,
     Failed,
     FromWorker,
     Hello,
@@ -34,6 +35,7 @@ from kvserve.supervisor.recovery import (
 )
 from kvserve.supervisor.reloading import DID_NOT_PAUSE, Reloads
 from kvserve.supervisor.states import (
+    Attempt,
     Cancelled,
     ChangeAsked,
     ChangePlanned,
@@ -56,6 +58,7 @@ from kvserve.supervisor.states import (
     Submitted,
     SupervisorEvent,
     Tick,
+    TranscodedAhead,
     Weighed,
     Worker,
     attempt_of,
@@ -87,7 +90,7 @@ class Supervisor(Reloads):
                 if worker is not None:
                     worker.kill()
             if (attempt := attempt_of(self._state)) is not None:
-                attempt.carried.close()
+                _close_files(attempt)
             self._requests.fail_all(NotReady("the server is shutting down"))
             self._news.tell(None)
             await self._spawner.close()
@@ -122,9 +125,11 @@ class Supervisor(Reloads):
                 self._on_stop_asked()
             case Spawned() | NotSpawned() | Heard() | Ended() | Weighed():
                 self._on_worker_event(event)
-            case SpawnedAhead() if isinstance(self._state, Draining):
-                self._update(replace(self._state, waits_until=0.0))
-            case SpawnedAhead() | Tick():
+            case SpawnedAhead():
+                self._on_spawned_ahead()
+            case TranscodedAhead():
+                self._on_dealt_with()
+            case Tick():
                 pass
         self._look_at_clock(self._clock())
 
@@ -175,10 +180,9 @@ class Supervisor(Reloads):
             case Overlapping() as overlapping:
                 self._answer(overlapping, now)
                 self._kill_if_stuck(overlapping.successor, now - overlapping.heard_at)
+                self._overlapped_till(overlapping, now)
             case Handover(worker, since=since):
                 self._kill_if_stuck(worker, now - since)
-            case Draining() as draining:
-                self._drain(draining, now)
             case Leaving(worker, kill_at=kill_at) if now >= kill_at:
                 worker.kill()
             case Failing(attempt, retry_at=retry_at) if now >= retry_at:
@@ -188,14 +192,14 @@ class Supervisor(Reloads):
                 self._finish_stopping(stopping, now)
             case _:
                 pass
+        if isinstance(self._state, Draining):
+            self._drain(self._state, now)
 
     def _answer(self, state: Serving | Overlapping, now: float) -> None:
         """Hand the next requests to the worker, and see that it works."""
         if not self._requests.running:
             self._heard_at = now
-        plan = state.attempt.plan
-        places = plan.chosen.launch.n_parallel
-        self._requests.dispatch(state.worker, places, self._terms(plan, state.loaded.n_ctx))
+        self._dispatch(state)
         self._kill_if_hung(state.worker, now)
 
     def _on_submitted(self, job: Job) -> None:
@@ -230,6 +234,8 @@ class Supervisor(Reloads):
                 self._adapting.note(message, self._heard_at)
             case Failed(), _:
                 self._requests.refused(message)
+            case CopiedAhead(), _:
+                self._on_copied_ahead(message)
             case Paused(), Draining() as state:
                 self._on_paused(state, message)
             case Paused(), Stopping() as state:
@@ -274,8 +280,10 @@ class Supervisor(Reloads):
     def _on_stop_asked(self) -> None:
         state = self._state
         now = self._clock()
-        if (attempt := attempt_of(state)) is not None and attempt.change is not None:
-            self._finish(attempt.change, NotReady("the server is shutting down"))
+        if (attempt := attempt_of(state)) is not None:
+            if attempt.change is not None:
+                self._finish(attempt.change, NotReady("the server is shutting down"))
+            _close_files(attempt)
         if (successor := successor_of(state)) is not None:
             successor.kill()
         if isinstance(state, Idle | Failing):
@@ -299,3 +307,10 @@ class Supervisor(Reloads):
             self._update(replace(state, shutdown_at=None))
         elif now >= state.kill_at:
             state.worker.kill()
+
+
+def _close_files(attempt: Attempt) -> None:
+    """Nobody will take in what an attempt holds."""
+    attempt.carried.close()
+    if attempt.copied is not None:
+        attempt.copied.close()

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from kvserve.core.plan import Launch
 from kvserve.errors import WorkerFailed
 from kvserve.ipc.channel import DaemonChannel, ProtocolError
-from kvserve.ipc.messages import FromWorker, ToWorker
+from kvserve.ipc.messages import FromWorker, ToWorker, Transcode, Transcoded
 from kvserve.logs import open_private
 from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.loads import worker_environment
@@ -106,6 +106,7 @@ class ProcessSpawner:
         self._log = log
         self._argv = tuple(argv)
         self._ahead: tuple[dict[str, str], ProcessWorker] | None = None
+        self._hearing: asyncio.Future[FromWorker | None] | None = None
         self._lock = asyncio.Lock()
 
     async def spawn_ahead(self, launch: Launch) -> None:
@@ -124,6 +125,26 @@ class ProcessSpawner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(worker.first_frame(), _AWAKE_SECONDS)
 
+    async def transcode_ahead(self, message: Transcode) -> None:
+        """Have the process that is ready for the next `spawn` rewrite sequences: returns when it
+        has, or is no more, or `spawn` took it meanwhile."""
+        if self._ahead is None:
+            return
+        worker = self._ahead[1]
+        worker.send(message)
+        while True:
+            hearing = self._hearing = asyncio.ensure_future(worker.receive())
+            try:
+                await asyncio.wait({hearing})
+            finally:
+                hearing.cancel()
+            if hearing.cancelled() or isinstance(hearing.result(), Transcoded):
+                return
+            if hearing.result() is None:
+                self._ahead = None
+                await worker.wait()
+                return
+
     def tell_ahead(self, message: ToWorker) -> None:
         """Send a frame to the process that is ready for the next `spawn`, if there is one."""
         if self._ahead is not None:
@@ -136,6 +157,8 @@ class ProcessSpawner:
             if self._ahead is not None:
                 fits, worker = self._ahead[0] == environment, self._ahead[1]
                 self._ahead = None
+                if self._hearing is not None:
+                    self._hearing.cancel()
                 if fits and worker.alive:
                     return worker
                 worker.kill()

@@ -17,11 +17,12 @@ from kvserve.ipc.messages import (
     Progress,
     Shutdown,
     TakeIn,
+    TakenAhead,
     Transcode,
 )
-from kvserve.supervisor.carry import Carried, adopt, export_limit
+from kvserve.supervisor.carry import Carried, adopt
+from kvserve.supervisor.copying import SLOWEST_EXPORT, Copying
 from kvserve.supervisor.exits import Exit
-from kvserve.supervisor.loading import Loads
 from kvserve.supervisor.news import WeightsLoaded
 from kvserve.supervisor.states import (
     Attempt,
@@ -46,11 +47,9 @@ LEAVE_SECONDS = 10.0
 AHEAD_SECONDS = 10.0
 """How long a pause is put off for the next worker to import its modules."""
 DID_NOT_PAUSE = "it did not pause for a reload"
-SLOWEST_EXPORT = 2**29
-"""Bytes a second that a worker which exports its sequences makes at least."""
 
 
-class Reloads(Loads):
+class Reloads(Copying):
     """From a planned change to the next worker, whichever of the two may die."""
 
     def _on_change_planned(
@@ -143,9 +142,17 @@ class Reloads(Loads):
                 self._update(replace(state, failed=message))
                 worker.kill()
             case Loaded(), Overlapping() as state:
-                self._begin_drain(state, state.following, successor=Successor(worker, message))
+                self._update(self._passed_on(self._asked_to_copy(replace(state, answered=message))))
+            case TakenAhead(), Overlapping():
+                self._on_dealt_with()
             case _:
                 log.debug("frame out of place", frame=type(message).__name__)
+
+    def _overlapped_till(self, state: Overlapping, now: float) -> None:
+        """Pause the present worker when the next one waits for nothing more."""
+        successor, answered = state.successor, state.answered
+        if successor is not None and answered is not None and now >= state.waits_until:
+            self._begin_drain(state, state.following, successor=Successor(successor, answered))
 
     def _on_successor_lost(self, exit_: Exit) -> None:
         """The present worker still answers: the same reload goes on in the ordinary order."""
@@ -166,7 +173,8 @@ class Reloads(Loads):
         """A worker that was to be replaced died: the next one goes on alone, or is spawned."""
         now = self._clock()
         successor = successor_of(state)
-        following = state.following
+        was_told = state.following.copied is not None
+        following = self._without_copies(state.following)
         if isinstance(state, Overlapping) and successor is None:
             self._move(Event.LOST, Idle(following, start_at=None))  # it is being spawned
             return
@@ -176,31 +184,31 @@ class Reloads(Loads):
         self._move(Event.LOST, Idle(following, start_at=None))
         self._measured = None
         loading = Loading(successor, following, since=now, heard_at=now)
-        if isinstance(state, Overlapping):
-            loading = replace(loading, fraction=state.fraction, failed=state.failed)
+        answered: Loaded | None = None
+        match state:
+            case Overlapping(answered=answered):
+                loading = replace(loading, fraction=state.fraction, failed=state.failed)
+            case Draining(successor=Successor(loaded=answered)):
+                pass
         self._move(Event.SPAWN, loading)
-        if isinstance(state, Draining) and state.successor is not None:
-            self._on_loaded(loading, state.successor.loaded)
+        if answered is None:
+            return
+        if was_told:  # it has no use for what it took ahead
+            pair = following.plan.chosen.launch.pair
+            successor.send(TakeIn((), pair.k, pair.v))
+        self._on_loaded(loading, answered)
 
     def _drain(self, state: Draining, now: float) -> None:
         idle = not self._requests.running
         if state.kill_at is None and (idle or now >= max(state.pause_at, state.waits_until)):
-            following = state.following
-            carry_bytes = self._policy.carry_limit(following.plan)
-            if following.beside_bytes is not None:
-                carry_bytes = min(carry_bytes, following.beside_bytes)
-            limit = export_limit(
-                carry_bytes,
-                state.attempt.plan.chosen.launch.pair,
-                state.following.plan.chosen.launch.pair,
-            )
-            state.worker.send(Pause(export_bytes=limit))
-            n_bytes = min(limit, state.attempt.plan.chosen.memory.kv_bytes)
-            patience = self._policy.pause_timeout + n_bytes / SLOWEST_EXPORT
-            self._update(replace(state, kill_at=now + patience))
+            state.worker.send(Pause(export_bytes=self._export_limit(state)))
+            self._update(replace(state, kill_at=self._patience(state, SLOWEST_EXPORT)))
         elif state.kill_at is not None and now >= state.kill_at:
             state.worker.kill(DID_NOT_PAUSE)
         else:
+            if state.kill_at is None and now >= state.pause_at:
+                # What it waits for may take seconds: others are answered meanwhile.
+                self._dispatch(state)
             self._kill_if_hung(state.worker, now)
 
     def _on_paused(self, state: Draining, message: Paused) -> None:
@@ -208,7 +216,8 @@ class Reloads(Loads):
             paused_at = self._clock() - message.export_seconds
             state = replace(state, following=replace(state.following, paused_at=paused_at))
         self._requests.worker_paused()
-        carried = adopt(state.worker.pid, message)
+        carried = adopt(state.worker.pid, message, state.following.copied)
+        state = replace(state, following=replace(state.following, copied=None))
         if state.successor is None:
             self._leave(state, carried)
         else:

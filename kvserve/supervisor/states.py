@@ -12,7 +12,7 @@ from kvserve.core.plan import Plan
 from kvserve.errors import KvserveError
 from kvserve.ipc.messages import FromWorker, Loaded, LoadFailed, ToWorker
 from kvserve.supervisor.admission import Job
-from kvserve.supervisor.carry import NOTHING, Carried
+from kvserve.supervisor.carry import NOTHING, Carried, Copied
 from kvserve.supervisor.exits import Exit
 from kvserve.supervisor.status import Measured, ReloadOutcome
 
@@ -62,9 +62,10 @@ class Attempt:
     `n_out_of_memory`. `fallback` is the plan to return to where this try fails; `failure` is what
     made an earlier try of the same change fail. `extra_buffers` False loads without llama.cpp's
     repacked CPU weights. `carried` are the sequences of the worker before, which was paused at
-    `paused_at`. `beside_bytes` is the host memory left beside both workers where this one loads
-    while the other still serves, None where it comes after it; `in_order_because` is why an
-    overlapped start of the same change failed.
+    `paused_at`; `copied` is what that one was asked to copy before, None before it is asked and
+    when it has paused. `beside_bytes` is the host memory left beside both workers where this
+    one loads while the other still serves, None where it comes after it; `in_order_because` is why
+    an overlapped start of the same change failed.
     """
 
     plan: Plan
@@ -76,6 +77,7 @@ class Attempt:
     change: Change | None = None
     failure: str | None = None
     carried: Carried = NOTHING
+    copied: Copied | None = None
     paused_at: float | None = None
     beside_bytes: int | None = None
     in_order_because: str | None = None
@@ -116,7 +118,11 @@ class Serving:
 @dataclass(frozen=True, slots=True)
 class Overlapping:
     """The worker answers while the next one, `successor`, loads beside it for `following`; None
-    while it is being spawned. `failed` is the successor's own account of why it cannot."""
+    while it is being spawned. `failed` is the successor's own account of why it cannot.
+
+    When the successor has `answered` that it is loaded, it takes in what the worker has copied
+    ahead, for which `waits_until` is the limit.
+    """
 
     worker: Worker
     attempt: Attempt
@@ -127,6 +133,8 @@ class Overlapping:
     heard_at: float
     fraction: float = 0.0
     failed: LoadFailed | None = None
+    answered: Loaded | None = None
+    waits_until: float = 0.0
     phase: Phase = Phase.OVERLAPPING
 
 
@@ -141,8 +149,9 @@ class Successor:
 @dataclass(frozen=True, slots=True)
 class Draining:
     """The worker finishes what runs, to make room for `following`. It is told to pause at
-    `pause_at`, and not before the next one has imported its modules, for which `waits_until` is
-    the limit; from then on `kill_at` is set. `successor` takes over where it is there already."""
+    `pause_at`, and not before the next one has imported its modules (`awake`) and rewritten what
+    was copied ahead, for which `waits_until` is the limit; from then on `kill_at` is set.
+    `successor` takes over where it is there already."""
 
     worker: Worker
     attempt: Attempt
@@ -152,6 +161,7 @@ class Draining:
     kill_at: float | None = None
     successor: Successor | None = None
     waits_until: float = 0.0
+    awake: bool = False
     phase: Phase = Phase.DRAINING
 
 
@@ -295,6 +305,12 @@ class SpawnedAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class TranscodedAhead:
+    """The process that the next worker will run in has rewritten what was copied ahead, or will
+    not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A frame from a worker."""
 
@@ -352,6 +368,7 @@ SupervisorEvent = (
     | Spawned
     | NotSpawned
     | SpawnedAhead
+    | TranscodedAhead
     | Heard
     | Ended
     | Weighed

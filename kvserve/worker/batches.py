@@ -1,6 +1,6 @@
 """What one decode call holds: values, no model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvserve.worker.cell_rules import Operation
 
@@ -51,3 +51,8 @@ class Batch:
     def n_drafted(self) -> int:
         """Those of them that are drafts."""
         return sum(len(chunk.draft) for chunk in self.chunks)
+
+    def advanced(self) -> "Batch":
+        """The batch with the next token of each chunk, all of which have a single one."""
+        chunks = tuple(replace(chunk, start=chunk.start + 1) for chunk in self.chunks)
+        return Batch(chunks)

@@ -12,6 +12,9 @@ from kvserve.worker.cell_tree import Tokens, n_common
 
 SHORTEST = 256
 """Fewer tokens are as soon prefilled again."""
+MOST = 256
+"""Sequences in all: each is an open file, of which a process often may have no more than 1,024, and
+at a reload the daemon holds them too."""
 
 
 class State(Protocol):
@@ -37,8 +40,8 @@ class Stored:
 
 
 class ColdStore:
-    """Up to `limit_bytes` of sequences. With `whole` one is of use only to a request that begins
-    with all of it: what a sliding window or a recurrent state allows."""
+    """Up to `limit_bytes` of sequences, `MOST` at most. With `whole` one is of use only to a
+    request that begins with all of it: what a sliding window or a recurrent state allows."""
 
     def __init__(self, limit_bytes: int, *, whole: bool) -> None:
         self.limit_bytes = limit_bytes
@@ -64,7 +67,7 @@ class ColdStore:
             replaced = begins and (not self._whole or len(other.tokens) == len(stored.tokens))
             if other.salt == stored.salt and replaced:
                 self._drop(other)
-        while self.n_bytes + stored.state.n_bytes > self.limit_bytes:
+        while self.n_bytes + stored.state.n_bytes > self.limit_bytes or len(self) >= MOST:
             self._drop(next(iter(self._stored)))
         self._stored[stored] = None
         self.n_bytes += stored.state.n_bytes

@@ -3,7 +3,6 @@ tokens. Those that can be are drawn together, the others on a few threads."""
 
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,15 @@ from kvserve.ipc.messages import TokenLogprobs
 from kvserve.worker import together
 from kvserve.worker.logprobs import token_logprobs
 from kvserve.worker.sampling import Sampler
-from kvserve.worker.together import Candidates, Plain
+from kvserve.worker.shortlist import NEVER
+from kvserve.worker.team import Team
+from kvserve.worker.together import Candidates, Plain, Settings
 
 Rows = NDArray[np.float32]
 Drawn = list[tuple[int, TokenLogprobs | None]]
 
 _FEWEST = 2
+_FEWEST_TOGETHER = 8
 """Rows for each thread below which handing them over costs more than it saves."""
 
 
@@ -41,55 +43,81 @@ class Wish:
     draft: tuple[int, ...] = ()
 
 
+class Round:
+    """What is to be drawn in a step, and again in the next ones as long as the requests are the
+    same and draft nothing."""
+
+    def __init__(self, wishes: list[Wish], n_vocab: int) -> None:
+        self.wishes = wishes
+        plain: list[Plain] = []
+        self.together: list[int] = []
+        self.alone: list[int] = []
+        for place, wish in enumerate(wishes):
+            settings = wish.sampler.plain(n_vocab) if wish.n_logprobs is None else None
+            if settings is None:
+                self.alone.append(place)
+            else:
+                self.together.append(place)
+                plain.append(settings)
+        self.settings = Settings.of(plain)
+        self.index = np.array([wishes[place].first for place in self.together], dtype=np.intp)
+        self.edited: list[Wish] = []
+        banned = []
+        for place in self.together:
+            wish = wishes[place]
+            bans = wish.sampler.bans()
+            if bans is None:
+                self.edited.append(wish)
+            elif len(bans):
+                banned.append(bans + wish.first * n_vocab)
+        self.banned = np.concatenate(banned) if banned else None
+        """Places in the logits of all rows, one after another."""
+
+
 class Drawer:
     """Draws with `n_threads` threads, the caller's among them; `piece` gives a token's bytes."""
 
     def __init__(self, n_threads: int, piece: Callable[[int], bytes]) -> None:
-        self._n_threads = n_threads
         self._piece = piece
-        self._pool = ThreadPoolExecutor(n_threads - 1, "draw") if n_threads > 1 else None
+        self._team = Team(n_threads, "draw")
 
-    def draw(self, logits: Rows, wishes: list[Wish]) -> list[Drawn]:
+    def draw(self, logits: Rows, todo: Round) -> list[Drawn]:
         """At least a token for each wish, in order, with likelihoods where they are wanted."""
-        drawn: list[Drawn] = [[] for _ in wishes]
-        plain: dict[int, Plain] = {}
-        for place, wish in enumerate(wishes):
-            settings = wish.sampler.plain(logits.shape[1])
-            if settings is not None and wish.n_logprobs is None:
-                plain[place] = settings
-        alone = [place for place in range(len(wishes)) if place not in plain]
-        if plain:
-            alone += self._draw_together(logits, wishes, plain, drawn)
+        drawn: list[Drawn] = [[] for _ in todo.wishes]
+        alone = todo.alone
+        if todo.together:
+            alone = alone + self._draw_together(logits, todo, drawn)
 
-        def draw_alone(_start: int, places: list[int]) -> None:
-            for place in places:
-                self._draw_alone(logits, wishes[place], drawn[place])
+        def draw_alone(start: int, end: int) -> None:
+            for place in alone[start:end]:
+                self._draw_alone(logits, todo.wishes[place], drawn[place])
 
-        self._share(draw_alone, alone)
+        self._share(draw_alone, len(alone), _FEWEST)
         return drawn
 
-    def _draw_together(
-        self, logits: Rows, wishes: list[Wish], plain: dict[int, Plain], drawn: list[Drawn]
-    ) -> list[int]:
-        """Draw the first token of all `plain` wishes; returns those whose draft goes on."""
-        places, settings = list(plain), list(plain.values())
-        index = np.array([wishes[place].first for place in places])
+    def _draw_together(self, logits: Rows, todo: Round, drawn: list[Drawn]) -> list[int]:
+        """Draw the first token of all wishes that can share a draw; returns those whose draft goes
+        on."""
+        if todo.banned is not None:
+            logits.reshape(-1)[todo.banned] = NEVER
+        if todo.edited:
+            self._share(
+                lambda start, end: _edit(logits, todo.edited[start:end]), len(todo.edited), _FEWEST
+            )
         parts: dict[int, Candidates] = {}
 
-        def find(start: int, mine: list[int]) -> None:
-            for place in mine:
-                wishes[place].sampler.edit(logits[wishes[place].first])
-            end = start + len(mine)
-            parts[start] = together.candidates(logits, index[start:end], settings[start:end])
+        def find(start: int, end: int) -> None:
+            index, top_k = todo.index[start:end], todo.settings.top_k[start:end]
+            parts[start] = together.candidates(logits, index, top_k)
 
-        self._share(find, places)
-        numbers = [wishes[place].sampler.number() for place in places]
+        self._share(find, len(todo.together), _FEWEST_TOGETHER)
+        numbers = [todo.wishes[place].sampler.number() for place in todo.together]
         starts = sorted(parts)
         found = together.joined([parts[start] for start in starts], starts)
-        tokens = together.draw(found, settings, np.array(numbers))
+        tokens = together.draw(found, todo.settings, np.array(numbers))
         unfinished = []
-        for place, number, token in zip(places, numbers, tokens.tolist(), strict=True):
-            wish = wishes[place]
+        for place, number, token in zip(todo.together, numbers, tokens.tolist(), strict=True):
+            wish = todo.wishes[place]
             took = wish.sampler.settle(logits[wish.first], number, token)
             drawn[place].append((took, None))
             if wish.accept(took) and wish.draft and took == wish.draft[0]:
@@ -112,17 +140,15 @@ class Drawer:
         token = wish.sampler.sample(row)
         return token, token_logprobs(wish.id, untouched, token, wish.n_logprobs, self._piece)
 
-    def _share(self, work: Callable[[int, list[int]], None], places: list[int]) -> None:
-        """Let the threads do the `work` of all places, which is told where its part begins."""
-        n_shares = min(self._n_threads, len(places) // _FEWEST)
-        if self._pool is None or n_shares < 2:
-            if places:
-                work(0, places)
-            return
-        size, more = divmod(len(places), n_shares)
-        borders = [share * size + min(share, more) for share in range(n_shares + 1)]
-        parts = [(start, places[start:end]) for start, end in itertools.pairwise(borders)]
-        others = [self._pool.submit(work, *part) for part in parts[1:]]
-        work(*parts[0])
-        for other in others:
-            other.result()
+    def _share(self, work: Callable[[int, int], None], n: int, fewest: int) -> None:
+        """Let the threads do the `work` of `n` rows, at least `fewest` each; it is told where its
+        part begins and ends."""
+        n_shares = max(1, min(self._team.n_threads, n // fewest))
+        borders = [n * share // n_shares for share in range(n_shares + 1)]
+        if n:
+            self._team.share(work, list(itertools.pairwise(borders)))
+
+
+def _edit(logits: Rows, wishes: list[Wish]) -> None:
+    for wish in wishes:
+        wish.sampler.edit(logits[wish.first])

@@ -5,27 +5,22 @@ from functools import partial
 
 from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Store
-from kvserve.worker.drawing import Drawer, Drawn, Rows, Wish
+from kvserve.worker.drawing import Drawer, Drawn, Round, Rows, Wish
 from kvserve.worker.job import Job
 from kvserve.worker.llama import Batch, Context
 
 
 class Executor:
     """Works on `context`, draws with `drawer`. `store` copies a sequence that is about to be given
-    up; `meanwhile` is called when a batch was handed over, while the device computes it."""
+    up."""
 
-    def __init__(
-        self,
-        context: Context,
-        drawer: Drawer,
-        store: Callable[[Store], None],
-        meanwhile: Callable[[], None],
-    ) -> None:
+    def __init__(self, context: Context, drawer: Drawer, store: Callable[[Store], None]) -> None:
         self._context = context
         self._drawer = drawer
         self._store = store
-        self._meanwhile = meanwhile
         self._batch = Batch(context.n_batch)
+        self._round: Round | None = None
+        self._tokens: list[int] = []
 
     def change_memory(self, operations: tuple[Operation, ...]) -> None:
         """Carry the operations out in order."""
@@ -41,8 +36,8 @@ class Executor:
                 case Store():
                     self._store(operation)
 
-    def decode(self, plan: Plan, jobs: Mapping[int, Job]) -> None:
-        """Compute a batch; returns when it is done. Raises CacheFull or DecodeError."""
+    def submit(self, plan: Plan, jobs: Mapping[int, Job]) -> None:
+        """Begin to compute a batch. Raises CacheFull or DecodeError."""
         batch = self._batch
         batch.clear()
         for chunk in plan.chunks:
@@ -56,8 +51,17 @@ class Executor:
             )
             if chunk.draft:
                 batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
+        self._round = None
         self._context.submit(batch)
-        self._meanwhile()
+
+    def submit_again(self) -> None:
+        """The same for the next token of all requests in the batch, which is the one that was
+        drawn."""
+        self._batch.advance(self._tokens)
+        self._context.submit(self._batch)
+
+    def wait(self) -> None:
+        """Return when the batch is computed."""
         self._context.wait()
 
     def draw(self, plan: Plan, jobs: Mapping[int, Job]) -> list[tuple[Wish, Drawn]]:
@@ -66,8 +70,11 @@ class Executor:
         if not n_outputs:
             return []
         logits = self._context.logits(n_outputs)
-        wishes = self._wishes(plan, jobs, logits)
-        return list(zip(wishes, self._drawer.draw(logits, wishes), strict=True))
+        if self._round is None:
+            self._round = Round(self._wishes(plan, jobs, logits), logits.shape[1])
+        drawn = self._drawer.draw(logits, self._round)
+        self._tokens = [draws[-1][0] for draws in drawn]
+        return list(zip(self._round.wishes, drawn, strict=True))
 
     def _wishes(self, plan: Plan, jobs: Mapping[int, Job], logits: Rows) -> list[Wish]:
         wishes, first = [], 0

@@ -25,6 +25,9 @@ from kvserve.ipc.messages import (
     Cancel,
     CarryReport,
     ChatPrompt,
+    CopiedAhead,
+    CopiedPiece,
+    CopyAhead,
     Delta,
     End,
     ExportedState,
@@ -42,11 +45,14 @@ from kvserve.ipc.messages import (
     Prompt,
     Started,
     Step,
+    TakeAhead,
     TakeIn,
+    TakenAhead,
     TakenIn,
     TextPrompt,
     ToWorker,
     Transcode,
+    Transcoded,
 )
 from kvserve.worker.lifetime import die_with_parent
 from kvserve.worker.reader import start_reader
@@ -60,12 +66,13 @@ _STATE_BYTES = 8
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What goes wrong, and when.
 
-    Points of time are `hello` (before `Hello`), `load` (on `Load`), `loaded` (right after
-    `Loaded`), `take_in` (on `TakeIn`), `first_step` and `step:N` (instead of the N-th `Step`, from
-    1). At its point the worker dies of `signal`, or hangs (reads on, answers nothing), or writes
-    bytes that are no frame and then hangs. With `die_once_file` it dies only where that file is
-    missing, and creates it. `answer` are the texts that all answers consist of, in place of words,
-    written in the `form`.
+    Points of time are `hello` (before `Hello`), `transcode` (on `Transcode`), `load` (on `Load`),
+    `loaded` (right after `Loaded`), `take_ahead` (on `TakeAhead`), `take_in` (on `TakeIn`),
+    `first_step` and `step:N` (instead of the N-th `Step`, from 1), `copy` (on `CopyAhead`) and
+    `copied` (right after `CopiedAhead`). At its point the worker dies of `signal`, or hangs (reads
+    on, answers nothing), or writes bytes that are no frame and then hangs. With `die_once_file` it
+    dies only where that file is missing, and creates it. `answer` are the texts that all answers
+    consist of, in place of words, written in the `form`.
     """
 
     step_ms: float = 1.0
@@ -105,6 +112,7 @@ class FakeWorker:
         self._sock = sock
         self._script = script
         self._streams: dict[int, _Stream] = {}
+        self._copied: dict[int, tuple[CopiedPiece, int]] = {}
         self._n_steps = 0
         self._n_ctx = 0
 
@@ -124,7 +132,9 @@ class FakeWorker:
     def _load(self) -> bool:
         script = self._script
         while isinstance(load := self.inbox.get(), Transcode):
-            pass  # its states hold nothing to rewrite
+            self._reach("transcode")
+            _read_all(load.carried)  # they hold nothing to rewrite
+            self._channel.send(Transcoded())
         if not isinstance(load, Load):
             raise TypeError(f"expected Load, not {load!r}")
         self._reach("load")
@@ -167,7 +177,13 @@ class FakeWorker:
             if isinstance(message, Pause) and not self._script.ignore_pause:
                 self._channel.send(Paused(self._export(message.export_bytes)))
                 return True
-            if isinstance(message, TakeIn):
+            if isinstance(message, CopyAhead):
+                self._copy(message.export_bytes)
+            elif isinstance(message, TakeAhead):
+                self._reach("take_ahead")
+                _read_all(message.carried)
+                self._channel.send(TakenAhead())
+            elif isinstance(message, TakeIn):
                 self._reach("take_in")
                 self._channel.send(TakenIn(_read_carried(message.carried)))
             elif isinstance(message, Cancel):
@@ -177,16 +193,31 @@ class FakeWorker:
             if until is None:
                 return asked
 
+    def _copy(self, limit_bytes: int) -> None:
+        """The same ahead of a pause, as far as half of the limit goes."""
+        self._reach("copy")
+        for stream in self._streams.values():
+            if limit_bytes < 2 * (len(self._copied) + 1) * _STATE_BYTES:
+                break
+            n_tokens = stream.n_prompt + stream.n_done
+            piece = CopiedPiece(_memory_file(n_tokens), _STATE_BYTES)
+            self._copied[stream.id] = piece, n_tokens
+        pieces = tuple((piece,) for piece, _ in self._copied.values())
+        self._channel.send(CopiedAhead(pieces))
+        self._reach("copied")
+
     def _export(self, limit_bytes: int) -> tuple[ExportedState, ...]:
         """A memory file for each stream, which holds nothing but its number of tokens."""
         states: list[ExportedState] = []
         for stream in self._streams.values():
-            if limit_bytes < (len(states) + 1) * _STATE_BYTES:
+            if limit_bytes < (len(states) + len(self._copied) + 1) * _STATE_BYTES:
                 break
-            descriptor = os.memfd_create("state")
             n_tokens = stream.n_prompt + stream.n_done
-            os.write(descriptor, n_tokens.to_bytes(_STATE_BYTES, "little"))
-            states.append(ExportedState(descriptor, _STATE_BYTES, n_tokens))
+            state = ExportedState(_memory_file(n_tokens), _STATE_BYTES, n_tokens)
+            if stream.id in self._copied:
+                piece, n_ahead = self._copied[stream.id]
+                state = msgspec.structs.replace(state, ahead=(piece.fd,), n_tokens_ahead=n_ahead)
+            states.append(state)
         return tuple(states)
 
     def _start(self, request: Generate) -> None:
@@ -245,9 +276,28 @@ class FakeWorker:
             self.inbox.get()
 
 
-def _read_carried(paths: tuple[str, ...]) -> CarryReport:
-    states = [int.from_bytes(Path(path).read_bytes(), "little") for path in paths]
-    return CarryReport(n_sequences=len(states), n_tokens=sum(states))
+def _memory_file(n_tokens: int) -> int:
+    descriptor = os.memfd_create("state")
+    os.write(descriptor, n_tokens.to_bytes(_STATE_BYTES, "little"))
+    return descriptor
+
+
+def _read_all(sequences: tuple[tuple[str, ...], ...]) -> list[list[int]]:
+    """The numbers of tokens after each file; those of one sequence grow."""
+    numbers = [
+        [int.from_bytes(Path(path).read_bytes(), "little") for path in paths] for paths in sequences
+    ]
+    assert all(one == sorted(one) for one in numbers)
+    return numbers
+
+
+def _read_carried(sequences: tuple[tuple[str, ...], ...]) -> CarryReport:
+    numbers = _read_all(sequences)
+    return CarryReport(
+        n_sequences=len(numbers),
+        n_tokens=sum(one[-1] for one in numbers),
+        n_tokens_ahead=sum(one[-2] for one in numbers if len(one) > 1),
+    )
 
 
 def count_tokens(prompt: Prompt) -> int:

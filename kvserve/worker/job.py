@@ -16,7 +16,8 @@ from kvserve.worker.speculation.proposal import Ask
 @dataclass(slots=True)
 class Job:
     """`constrained_by` names the field that asks for its constraint; `text` and `tokens` are what
-    was drawn since the last delta."""
+    was drawn since the last delta, `n_read` of the tokens are in the text. `goes_on` tells whether
+    another token is wanted."""
 
     id: int
     generation: Generation
@@ -29,6 +30,8 @@ class Job:
     started: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    n_read: int = 0
+    goes_on: bool = True
 
     @staticmethod
     def of(prepared: Prepared) -> "Job":
@@ -50,16 +53,33 @@ class Job:
         return self.constraint is not None and self.constraint.error is not None
 
     def accept(self, vocab: Vocab, token: int) -> bool:
-        """Add a drawn token, and tell whether there is to be another; on any thread."""
+        """Add a drawn token, and tell whether there is to be another; on any thread.
+
+        Its text is only looked at where the end may hang on that: `read` does the rest.
+        """
         if self.broken:
+            self.goes_on = False
             return False
         generation = self.generation
-        text = generation.accept(token, vocab.piece(token), ends=vocab.ends(token))
-        if generation.finish is None and self.constraint is not None and self.constraint.complete:
-            text += generation.end()
-        self.text += text
+        generation.take(token)
         self.tokens.append(token)
-        return generation.finish is None
+        if self.constraint is None and not generation.limits.stop:
+            self.goes_on = not generation.surely_ends(ends=vocab.ends(token))
+        else:
+            self.read(vocab)
+            self.goes_on = generation.finish is None and not self.broken
+        return self.goes_on
+
+    def read(self, vocab: Vocab) -> None:
+        """Add the text of the tokens that were accepted."""
+        generation = self.generation
+        first = generation.n_tokens - len(self.tokens)
+        for index in range(self.n_read, len(self.tokens)):
+            token = self.tokens[index]
+            self.text += generation.read(first + index, vocab.piece(token), ends=vocab.ends(token))
+        self.n_read = len(self.tokens)
+        if generation.finish is None and self.constraint is not None and self.constraint.complete:
+            self.text += generation.end()
 
     def ask(self, n_ctx: int) -> Ask:
         """What a proposer is told: after the next token there may be so many more."""
@@ -71,7 +91,7 @@ class Job:
     def take_delta(self) -> Delta:
         """What is new, to be sent."""
         delta = Delta(self.id, self.text, tuple(self.tokens))
-        self.text, self.tokens = "", []
+        self.text, self.tokens, self.n_read = "", [], 0
         return delta
 
     def end(self, n_cached: int) -> End:

@@ -38,6 +38,11 @@ class Penalties:
             {} if self._presence != 0 or self._frequency != 0 else None
         )
 
+    @property
+    def lower(self) -> bool:
+        """Whether there is anything that `apply` does."""
+        return self._counts is not None or (self._repeat != 1 and self._window != 0)
+
     def accept(self, token: int) -> None:
         """Count a generated token."""
         if self._counts is not None:

@@ -81,6 +81,11 @@ class PrefixCache:
         return self._tree.n_cells - self._tree.n_pinned
 
     @property
+    def n_free(self) -> int:
+        """Cells that nothing uses."""
+        return self._n_cells - self._tree.n_cells
+
+    @property
     def kept(self) -> tuple[CachedSequence, ...]:
         """The kept sequences, the most recently used first."""
         return tuple(reversed(self._kept))

@@ -102,6 +102,22 @@ class Sampler:
         plain = self._plain
         return plain if plain is not None and plain.suits(n_vocab) else None
 
+    def bans(self) -> Ids | None:
+        """The tokens that `edit` bans in every row, whatever was drawn before, where it does
+        nothing else; None where it does."""
+        limits = self._generation.limits
+        if (
+            len(self._biased)
+            or self._penalties.lower
+            or self._dry is not None
+            or self._constraint is not None
+            or (limits.min_tokens > 0 and not limits.ignore_eos)
+        ):
+            return None
+        if not limits.ignore_eos:
+            return self._forbidden
+        return np.concatenate((self._forbidden, self._end_tokens))
+
     def number(self) -> float:
         """The random number of the next draw; 0 for a greedy one."""
         return self._dice.uniform() if self._dice is not None else 0.0

@@ -51,6 +51,11 @@ class Scheduler:
         return sum(entry.decoding for entry in self._running)
 
     @property
+    def n_unanswered(self) -> int:
+        """Requests that wait for their first token and have a place, or can get one."""
+        return min(self.n_slots, len(self._running) + len(self._waiting)) - self.n_decoding
+
+    @property
     def decoding(self) -> tuple[int, ...]:
         """The requests that generate, the oldest first."""
         return tuple(entry.id for entry in self._running if entry.decoding)
@@ -149,6 +154,12 @@ class Scheduler:
         self.cache.make_room(len(decoding) + n_drafted + n_prefill)
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations)
+
+    def may_repeat(self, n_chunks: int) -> bool:
+        """Whether, after a batch with one token of each of `n_chunks` requests that is not
+        committed yet, `plan` would choose the same requests again where none of them ends: all of
+        those that run are among them, and nothing must leave the cache for them."""
+        return n_chunks == len(self._running) and self.cache.n_free >= 2 * n_chunks
 
     def commit(self, batch: Batch) -> None:
         """The batch was decoded: its tokens are in the cache now."""

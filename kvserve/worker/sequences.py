@@ -103,12 +103,27 @@ class Generation:
         `piece` is the token's text, `ends` whether the model ends its answer with this token.
         Sets `finish` with the last token; the text returned with it is the rest of the answer.
         """
-        text, rest = self._take(token, piece, ends=ends)
+        self.take(token)
+        return self.read(self.n_tokens - 1, piece, ends=ends)
+
+    def take(self, token: int) -> None:
+        """Note the next token; `read` is to follow."""
+        self._tokens[self.n_tokens] = token
+        self.n_tokens += 1
+
+    def read(self, place: int, piece: bytes, *, ends: bool) -> str:
+        """The text that may be shown with the token at `place`, after all before it were read;
+        sets `finish` as `accept` does."""
+        text, rest = self._read(place, piece, ends=ends)
         return text + rest
+
+    def surely_ends(self, *, ends: bool) -> bool:
+        """Whether the last token that was taken ends the answer, whatever its text."""
+        return (ends and not self.limits.ignore_eos) or self.n_generated >= self.limits.max_tokens
 
     def end(self) -> str:
         """End a generation that nothing else ended, as if the model had; returns the rest."""
-        return self._close("stop")
+        return self._close("stop", self.n_generated)
 
     def replay(
         self, tokens: Sequence[int], piece: Callable[[int], bytes], ends: Callable[[int], bool]
@@ -122,31 +137,31 @@ class Generation:
         for token in tokens:
             if self.finish is not None:
                 break
-            _, rest = self._take(token, piece(token), ends=ends(token))
+            self.take(token)
+            _, rest = self._read(self.n_tokens - 1, piece(token), ends=ends(token))
         return rest
 
-    def _take(self, token: int, piece: bytes, *, ends: bool) -> tuple[str, str]:
+    def _read(self, place: int, piece: bytes, *, ends: bool) -> tuple[str, str]:
         """The text that a token brings, and what was held back and comes with the end."""
-        self._tokens[self.n_tokens] = token
-        self.n_tokens += 1
+        n_generated = place + 1 - self.n_prompt
         if ends and not self.limits.ignore_eos:
-            return "", self._close("stop")
-        text, found = self._match(self._utf8.push(piece))
+            return "", self._close("stop", n_generated)
+        text, found = self._match(self._utf8.push(piece), n_generated)
         if found is not None:
             self.finish = Finish("stop", found)
             return text, ""
-        if self.n_generated >= self.limits.max_tokens:
-            return text, self._close("length")
+        if n_generated >= self.limits.max_tokens:
+            return text, self._close("length", n_generated)
         return text, ""
 
-    def _match(self, text: str) -> tuple[str, str | None]:
+    def _match(self, text: str, n_generated: int) -> tuple[str, str | None]:
         if self._watch is not None and self._watch.push(text):
             return self._matcher.flush() + text, None
-        if self.n_generated <= self.limits.min_tokens:
+        if n_generated <= self.limits.min_tokens:
             return text, None
         return self._matcher.push(text)
 
-    def _close(self, reason: FinishReason) -> str:
-        text, found = self._match(self._utf8.finish())
+    def _close(self, reason: FinishReason, n_generated: int) -> str:
+        text, found = self._match(self._utf8.finish(), n_generated)
         self.finish = Finish("stop", found) if found is not None else Finish(reason)
         return text if found is not None else text + self._matcher.flush()

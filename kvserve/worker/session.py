@@ -11,9 +11,18 @@ from msgspec import structs
 from kvserve.core.dtypes import KvType
 from kvserve.dialects.form import MARKERS
 from kvserve.ipc.channel import WorkerChannel
-from kvserve.ipc.messages import Awake, Hello, Load, Loaded, LoadFailed, Progress, Transcode
+from kvserve.ipc.messages import (
+    Awake,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    Progress,
+    Transcode,
+    Transcoded,
+)
 from kvserve.worker import llama
-from kvserve.worker.carrying import Incoming, incoming_of
+from kvserve.worker.arriving import Incoming, incoming_for
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
@@ -45,7 +54,7 @@ def serve(
     """Wait for the load, greet, load, serve. Returns only where the model could not be loaded,
     with the exit status; otherwise the reader thread ends the process."""
     channel.send(Awake())
-    load, incoming = _wait_for_load(inbox)
+    load, incoming = _wait_for_load(inbox, channel)
     log = LoadLog()
     # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
@@ -68,7 +77,7 @@ def serve(
         speculator,
         load.n_draft,
     )
-    carried = engine.take_in(incoming) if incoming is not None else None
+    carried = engine.take_in(incoming, load.carried) if incoming is not None else None
     channel.send(
         Loaded(
             n_ctx=context.n_ctx,
@@ -129,21 +138,36 @@ def _draft_proposer(load: Load, context: llama.Context, log: LoadLog) -> DraftPr
     return DraftProposer(draft, context.vocab.n_tokens)
 
 
-def _wait_for_load(inbox: Inbox) -> tuple[Load, Incoming | None]:
-    begun: Transcode | None = None
+def _wait_for_load(inbox: Inbox, channel: WorkerChannel) -> tuple[Load, Incoming | None]:
     incoming: Incoming | None = None
     while True:
         message = inbox.get()
         if isinstance(message, Transcode):
-            begun, incoming = message, incoming_of(message)
+            incoming = _incoming(message, incoming)
+            incoming.begin(message.carried, ahead=message.ahead)
+            incoming.then(lambda: channel.send(Transcoded()))
         elif isinstance(message, Load):
-            if begun != Transcode(message.carried, message.type_k, message.type_v):
+            if not message.carried:
                 if incoming is not None:
                     incoming.abandon()
-                incoming = incoming_of(message)
+                return message, None
+            again = Transcode(message.carried, message.type_k, message.type_v)
+            incoming = _incoming(again, incoming)
+            incoming.begin(message.carried)
             return message, incoming
         else:
             print(f"unexpected before Load: {message!r}", file=sys.stderr, flush=True)
+
+
+def _incoming(message: Transcode, begun: Incoming | None) -> Incoming:
+    """What has begun already, where that is for the same types."""
+    fresh = incoming_for(message)
+    if begun is None:
+        return fresh
+    if begun.pair == fresh.pair:
+        return begun
+    begun.abandon()
+    return fresh
 
 
 def _load(load: Load, log: LoadLog, channel: WorkerChannel) -> _LoadedModel:

@@ -18,8 +18,11 @@ Rows = NDArray[np.float32]
 Ids = NDArray[np.intp]
 
 _LEAST = float(np.nextafter(np.float32(NEVER), np.float32(0)))
-_LARGEST_BLOCK = 512
-_FEWEST_BLOCKS = 128
+_GROUP = 12
+_WIDTH = 3000
+"""Columns that a row is folded into. No power of two: the logits of a column would all fall into
+the same few lines of the processor's cache."""
+_LEAST_DEPTH = 8
 _MOST_CANDIDATES = 1024
 """Of a row with more logits that equal its k-th largest, the draw is left to others."""
 
@@ -39,7 +42,33 @@ class Plain:
 
     def suits(self, n_vocab: int) -> bool:
         """Whether the list is short beside the vocabulary."""
-        return 2 * self.top_k <= n_vocab // block_size(n_vocab)
+        return 2 * self.top_k <= min(width(n_vocab), _MOST_CANDIDATES)
+
+
+class Settings(NamedTuple):
+    """The settings of several rows' draws: arrays with a number for each row. A `top_p` of 1 is
+    infinite: it keeps all, whatever the sums round to."""
+
+    top_k: Ids
+    top_p: NDArray[np.float64]
+    depth: NDArray[np.float64]
+    temperature: NDArray[np.float64]
+
+    @staticmethod
+    def of(plain: Sequence[Plain]) -> "Settings":
+        """The settings of some draws."""
+        return Settings(
+            np.array([one.top_k for one in plain], dtype=np.intp),
+            np.array([one.top_p if one.top_p < 1 else np.inf for one in plain]),
+            np.array([one.depth for one in plain], dtype=np.float64),
+            np.array([one.temperature for one in plain], dtype=np.float64),
+        )
+
+    def some(self, rows: "slice | NDArray[np.bool_]") -> "Settings":
+        """Those of some of the rows."""
+        return Settings(
+            self.top_k[rows], self.top_p[rows], self.depth[rows], self.temperature[rows]
+        )
 
 
 class Candidates(NamedTuple):
@@ -50,46 +79,37 @@ class Candidates(NamedTuple):
     logits: Rows
 
 
-def block_size(n_vocab: int) -> int:
-    """Tokens to a block: of a large vocabulary about its root."""
-    size = _LARGEST_BLOCK
-    while size > 1 and n_vocab // size < _FEWEST_BLOCKS:
-        size //= 2
-    return size
+def width(n_vocab: int) -> int:
+    """Columns that a row is folded into, a multiple of the group of columns; 0 for few tokens."""
+    return min(_WIDTH, n_vocab // _LEAST_DEPTH // _GROUP * _GROUP)
 
 
-def candidates(logits: Rows, index: Ids, plain: Sequence[Plain]) -> Candidates:
-    """What may be drawn from the rows `logits[index[i]]`, called row i, by the settings `plain[i]`.
-    Mostly without the GIL.
+def candidates(logits: Rows, index: Ids, top_k: Ids) -> Candidates:
+    """The `top_k[i]` likeliest tokens, and some more, of each of the rows `logits[index[i]]`, which
+    is called row i. Mostly without the GIL.
 
-    Where `top_k` blocks have a maximum of at least x, at least as many logits are at least x: only
-    those blocks are looked at.
+    Where the maxima of `top_k` columns are at least x, at least as many logits are at least x: only
+    those columns are looked at.
     """
     n_vocab = logits.shape[1]
-    size = block_size(n_vocab)
-    n_whole = n_vocab // size
-    maxima = _maxima(logits, index, size)
-    least = _least(maxima, [one.top_k for one in plain])
-    whole = logits[:, : n_whole * size].reshape(len(logits), n_whole, size)
+    n_columns = width(n_vocab)
+    depth, n_rest = divmod(n_vocab, n_columns)
+    maxima = _maxima(logits, index, n_columns)
+    least = _least(maxima, top_k)
     # Of two-dimensional arrays `nonzero` takes ten times as long as of flat ones.
-    hits = np.flatnonzero(maxima[:, :n_whole] >= least[:, None])
-    rows = hits // n_whole
-    blocks = hits - rows * n_whole
-    values = whole[index[rows], blocks]
+    hits = np.flatnonzero(maxima >= least[:, None])
+    rows = hits // n_columns
+    columns = hits - rows * n_columns
+    places = columns[:, None] + np.arange(0, (depth + (n_rest > 0)) * n_columns, n_columns)
+    flat = logits.reshape(-1)
+    values = flat.take(places + (index[rows] * n_vocab)[:, None], mode="clip")
+    if n_rest:
+        values[columns >= n_rest, -1] = -np.inf
     found = np.flatnonzero(values >= least[rows, None])
-    hit = found // size
-    rows, ids = rows[hit], blocks[hit] * size + (found - hit * size)
-    values = values.ravel()[found]
-    last = np.flatnonzero(maxima[:, -1] >= least) if n_whole < maxima.shape[1] else ()
-    if len(last):
-        rest = logits[index[last], n_whole * size :]
-        more, within = np.nonzero(rest >= least[last, None])
-        rows = np.concatenate((rows, last[more]))
-        by_row = np.argsort(rows, kind="stable")
-        rows = rows[by_row]
-        ids = np.concatenate((ids, n_whole * size + within))[by_row]
-        values = np.concatenate((values, rest[more, within]))[by_row]
-    return Candidates(rows, ids, values)
+    keys = np.sort((places + (rows * n_vocab)[:, None]).ravel()[found])
+    rows = keys // n_vocab
+    ids = keys - rows * n_vocab
+    return Candidates(rows, ids, flat[index[rows] * n_vocab + ids])
 
 
 def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
@@ -101,26 +121,25 @@ def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
     return Candidates(np.concatenate(rows), np.concatenate(ids), np.concatenate(logits))
 
 
-def draw(
-    found: Candidates, plain: Sequence[Plain], numbers: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """A token of each row by the settings `plain[i]` and the random number `numbers[i]` in [0, 1);
-    -1 where a row has no finite logit, or far more of its likeliest than are asked for.
+def draw(found: Candidates, settings: Settings, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """A token of each row by its settings and the random number `numbers[i]` in [0, 1); -1 where a
+    row has no finite logit, or far more of its likeliest than are asked for.
 
     The draw goes along the tokens in the vocabulary's order: rounding hardly ever changes it.
     """
-    counts = np.bincount(found.rows, minlength=len(plain))
+    n_rows = len(numbers)
+    counts = np.bincount(found.rows, minlength=n_rows)
     if counts.min() == 0 or counts.max() > _MOST_CANDIDATES:
-        return _draw_some(found, counts, plain, numbers)
+        return _draw_some(found, counts, settings, numbers)
     starts = np.cumsum(counts) - counts
     # A table with a row for each sequence: its candidates, then nothing.
-    table = np.full((len(plain), counts.max()), -np.inf)
+    table = np.full((n_rows, counts.max()), -np.inf)
     table[found.rows, np.arange(len(found.rows)) - starts[found.rows]] = found.logits
     falling = np.sort(table, axis=1)[:, ::-1]
     highest = falling[:, :1]
-    n_kept = _n_kept(falling - highest, plain)
-    lowest = falling[np.arange(len(plain)), n_kept - 1]
-    weights = np.exp((table - highest) / np.array([[one.temperature] for one in plain]))
+    n_kept = _n_kept(falling - highest, settings)
+    lowest = falling[np.arange(n_rows), n_kept - 1]
+    weights = np.exp((table - highest) / settings.temperature[:, None])
     weights[table < lowest[:, None]] = 0
     sums = np.cumsum(weights, axis=1)
     totals = sums[:, -1]
@@ -132,65 +151,64 @@ def draw(
 
 def draw_one(row: NDArray[np.float32], plain: Plain, number: float) -> int:
     """The same for one row."""
-    found = candidates(row[None, :], np.zeros(1, dtype=np.intp), [plain])
-    return int(draw(found, [plain], np.array([number]))[0])
+    settings = Settings.of([plain])
+    found = candidates(row[None, :], np.zeros(1, dtype=np.intp), settings.top_k)
+    return int(draw(found, settings, np.array([number]))[0])
 
 
 def _draw_some(
-    found: Candidates, counts: Ids, plain: Sequence[Plain], numbers: NDArray[np.float64]
+    found: Candidates, counts: Ids, settings: Settings, numbers: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """The tokens of those rows that have enough candidates and not too many."""
-    tokens = np.full(len(plain), -1, dtype=np.int64)
+    tokens = np.full(len(numbers), -1, dtype=np.int64)
     usable = (counts > 0) & (counts <= _MOST_CANDIDATES)
     if usable.any():
         kept = usable[found.rows]
         rows = (np.cumsum(usable) - 1)[found.rows[kept]]
         some = Candidates(rows, found.ids[kept], found.logits[kept])
-        mine = [one for one, use in zip(plain, usable.tolist(), strict=True) if use]
-        tokens[usable] = draw(some, mine, numbers[usable])
+        tokens[usable] = draw(some, settings.some(usable), numbers[usable])
     return tokens
 
 
-def _maxima(logits: Rows, index: Ids, size: int) -> Rows:
-    """The largest logit of each block, shape (rows, blocks); a shorter block may be the last."""
-    n_vocab = logits.shape[1]
-    n_whole = n_vocab // size
-    maxima = np.empty((len(index), -(-n_vocab // size)), dtype=np.float32)
-    first, last = int(index[0]), int(index[-1])
-    if last - first == len(index) - 1:
-        spans = [(logits[first : last + 1], maxima)]
+def _maxima(logits: Rows, index: Ids, n_columns: int) -> Rows:
+    """The largest logit of each column, shape (rows, columns)."""
+    depth, n_rest = divmod(logits.shape[1], n_columns)
+    maxima = np.empty((len(index), n_columns), dtype=np.float32)
+    first = int(index[0])
+    if (index == np.arange(first, first + len(index))).all():
+        spans = [(logits[first : first + len(index)], maxima)]
     else:
         spans = [(logits[i : i + 1], maxima[n : n + 1]) for n, i in enumerate(index.tolist())]
     for rows, found in spans:
-        whole = rows[:, : n_whole * size].reshape(len(rows), n_whole, size)
-        whole.max(axis=2, out=found[:, :n_whole])
-        if n_whole < maxima.shape[1]:
-            rows[:, n_whole * size :].max(axis=1, out=found[:, -1])
+        n_whole = depth * n_columns
+        rows[:, :n_whole].reshape(len(rows), depth, n_columns).max(axis=1, out=found)
+        if n_rest:
+            np.maximum(found[:, :n_rest], rows[:, n_whole:], out=found[:, :n_rest])
     return maxima
 
 
-def _least(maxima: Rows, top_k: Sequence[int]) -> Rows:
+def _least(maxima: Rows, top_k: Ids) -> Rows:
     """Of each row a logit that at least `top_k` reach, above what is banned."""
-    n_blocks = maxima.shape[1]
+    groups = maxima.reshape(len(maxima), _GROUP, -1).max(axis=1)
     least = np.empty(len(maxima), dtype=np.float32)
-    for k in set(top_k):
-        those = np.array([one == k for one in top_k])
-        least[those] = np.partition(maxima[those], n_blocks - k, axis=1)[:, n_blocks - k]
+    for k in set(top_k.tolist()):
+        those = top_k == k
+        bests = (groups if 2 * k <= groups.shape[1] else maxima)[those]
+        border = bests.shape[1] - k
+        least[those] = np.partition(bests, border, axis=1)[:, border]
     return np.maximum(least, np.float32(_LEAST))
 
 
-def _n_kept(below: NDArray[np.float64], plain: Sequence[Plain]) -> NDArray[np.int64]:
+def _n_kept(below: NDArray[np.float64], settings: Settings) -> NDArray[np.int64]:
     """How many of each row's candidates are left, which are `below` the highest and falling."""
-    top_k = np.array([one.top_k for one in plain])
+    top_k, top_p, depth, _ = settings
     n_kept: NDArray[np.int64] = np.minimum(top_k, (below > -np.inf).sum(axis=1))
-    if any(one.top_p < 1 for one in plain):
+    if top_p.min() < 1:
         weights = np.exp(below)
         weights[np.arange(below.shape[1]) >= n_kept[:, None]] = 0
         sums = np.cumsum(weights, axis=1)
-        # A top_p of 1 keeps all, whatever the sums round to.
-        wanted = np.array([[one.top_p if one.top_p < 1 else np.inf] for one in plain])
-        n_kept = np.minimum(n_kept, (sums < wanted * sums[:, -1:]).sum(axis=1) + 1)
-    if any(one.depth > -np.inf for one in plain):
-        n_in = (below >= np.array([[one.depth] for one in plain])).sum(axis=1)
+        n_in = (sums < top_p[:, None] * sums[:, -1:]).sum(axis=1) + 1
         n_kept = np.minimum(n_kept, n_in)
+    if depth.max() > -np.inf:
+        n_kept = np.minimum(n_kept, (below >= depth[:, None]).sum(axis=1))
     return n_kept

@@ -14,6 +14,8 @@ from kvserve.errors import DoesNotFit, KvserveError, WorkerFailed
 from kvserve.ipc.messages import (
     Cancel,
     ChatPrompt,
+    CopiedAhead,
+    CopyAhead,
     Delta,
     End,
     FromWorker,
@@ -30,6 +32,7 @@ from kvserve.ipc.messages import (
     Step,
     TextPrompt,
     ToWorker,
+    Transcode,
 )
 from kvserve.supervisor.admission import Done, GenerationSpec, Served, Text, Ticket
 from kvserve.supervisor.exits import Exit
@@ -61,6 +64,7 @@ class FakeWorker:
         self.killed_for: str | None = None
         self.gone = False
         self.pauses = True
+        self.copies = True
         self._frames: asyncio.Queue[FromWorker | None] = asyncio.Queue()
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.on_kill: Callable[[], None] = lambda: self.die(-9)
@@ -69,6 +73,8 @@ class FakeWorker:
         self.sent.append(message)
         if isinstance(message, Pause) and self.pauses:
             self.say(Paused())
+        if isinstance(message, CopyAhead) and self.copies:
+            self.say(CopiedAhead())
 
     async def receive(self) -> FromWorker | None:
         return await self._frames.get()
@@ -186,6 +192,8 @@ class Stage:
         self.gate.set()
         self.ahead_gate = asyncio.Event()
         self.ahead_gate.set()
+        self.transcode_gate = asyncio.Event()
+        self.transcode_gate.set()
         self.supervisor = Supervisor(
             first or plan_for(16384),
             replace(Policy("/m.gguf", "identity", n_threads=2), **policy),
@@ -211,6 +219,10 @@ class Stage:
     async def spawn_ahead(self, launch: Launch) -> None:
         self.ahead.append(launch)
         await self.ahead_gate.wait()
+
+    async def transcode_ahead(self, message: Transcode) -> None:
+        self.told_ahead.append(message)
+        await self.transcode_gate.wait()
 
     def tell_ahead(self, message: ToWorker) -> None:
         self.told_ahead.append(message)

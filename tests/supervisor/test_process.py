@@ -30,11 +30,12 @@ class Troupe:
     def __init__(self, folder: Path, policy: dict[str, Any], script: dict[str, Any]) -> None:
         argv = (sys.executable, "-m", "kvserve.worker.fake", "--script", json.dumps(script))
         self.log = folder / "worker.log"
+        self.planner = FakePlanner()
         self.supervisor = Supervisor(
             plan_for(16384),
             replace(Policy("/m.gguf", "identity", n_threads=1), **policy),
             ProcessSpawner(self.log, argv),
-            FakePlanner(),
+            self.planner,
         )
         self.running = asyncio.create_task(self.supervisor.run())
 
@@ -118,9 +119,48 @@ def test_what_ran_is_handed_to_the_next_worker_and_nothing_stays_open(tmp_path: 
             assert await asyncio.gather(*asking) == [WHOLE + "|length"] * 8
             carry = supervisor.status().reloads[-1].carry
             assert carry is not None
-            assert carry.n_sequences == 5
-            assert carry.n_tokens >= 5 * 3
+            # Five files: two of the three sequences were copied ahead, and have one more each.
+            assert carry.n_sequences == 3
+            assert carry.n_tokens_ahead >= 2 * 3
+            assert carry.n_tokens >= carry.n_tokens_ahead + 3
             assert n_open_files() == before
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("point", "beside"),
+    [
+        ("copy", False),
+        ("copied", False),
+        ("transcode", False),
+        ("copy", True),
+        ("copied", True),
+        ("take_ahead", True),
+        ("take_in", True),
+    ],
+)
+def test_a_worker_killed_while_copies_are_under_way_is_not_noticed(
+    point: str, beside: bool, tmp_path: Path
+) -> None:
+    script = {"die_at": point, "die_once_file": str(tmp_path / "died"), "step_ms": 80}
+
+    async def story() -> None:
+        policy = {"drain_timeout": 0.0, "carry_bytes": 2**20}
+        troupe = Troupe(tmp_path, policy, script)
+        troupe.planner.beside = 2**20 if beside else None
+        async with troupe as supervisor:
+            await supervisor.first_ready
+            before = n_open_files()
+            began = asyncio.Event()
+            asking = [asyncio.create_task(ask(supervisor, began)) for _ in range(4)]
+            await began.wait()
+            assert (await supervisor.change_context(32768)).changed
+            assert await asyncio.gather(*asking) == [WHOLE + "|length"] * 4
+            assert (tmp_path / "died").exists()
+            async with asyncio.timeout(20):
+                while n_open_files() > before:  # noqa: ASYNC110 - the kernel closes them
+                    await asyncio.sleep(0.01)
 
     play(story)
 

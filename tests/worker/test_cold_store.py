@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvserve.worker.cell_rules import Clear, Rules, Store
-from kvserve.worker.cold_store import SHORTEST, ColdStore, Stored
+from kvserve.worker.cold_store import MOST, SHORTEST, ColdStore, Stored
 from kvserve.worker.prefix_cache import PrefixCache
 from tests.worker.fake_memory import PLAIN
 
@@ -48,6 +48,15 @@ def test_where_only_the_whole_is_of_use_a_part_is_not_found() -> None:
     store.put(stored(500))
     assert store.find(tokens(400), "") is None
     assert store.find(tokens(501), "") is not None
+
+
+def test_small_sequences_are_bounded_in_number_for_each_is_an_open_file() -> None:
+    store = ColdStore(10**9, whole=False)
+    every = [stored(300, first=1000 * n) for n in range(MOST + 2)]
+    for one in every:
+        store.put(one)
+    assert store.latest == tuple(reversed(every[2:]))
+    assert [n for n, one in enumerate(every) if one.state.closed] == [0, 1]
 
 
 def test_the_bytes_are_bounded_and_the_oldest_go_first() -> None:

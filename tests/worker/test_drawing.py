@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvserve.ipc.messages import Sampling
-from kvserve.worker.drawing import Drawer, Wish
+from kvserve.worker.drawing import Drawer, Round, Wish
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.sequences import Generation, Limits
 
@@ -53,7 +53,7 @@ def sampler_of(**fields: object) -> Sampler:
 def test_order_and_likelihoods(n: int, n_threads: int) -> None:
     asked, rows = wishes(n, Highest(), 2), some_rows(n)
     expected = rows.argmax(axis=1).tolist()
-    drawn = Drawer(n_threads, lambda token: b"x").draw(rows, asked)
+    drawn = Drawer(n_threads, lambda token: b"x").draw(rows, Round(asked, rows.shape[1]))
     assert [token for [(token, _)] in drawn] == expected
     assert [found.id for [(_, found)] in drawn] == [wish.id for wish in asked]
     # Read before the sampler changed the row.
@@ -61,7 +61,9 @@ def test_order_and_likelihoods(n: int, n_threads: int) -> None:
 
 
 def test_no_likelihoods_unless_wanted() -> None:
-    drawn = Drawer(2, lambda token: b"x").draw(some_rows(6), wishes(6, Highest(), None))
+    drawn = Drawer(2, lambda token: b"x").draw(
+        some_rows(6), Round(wishes(6, Highest(), None), 2000)
+    )
     assert all(found is None for [(_, found)] in drawn)
 
 
@@ -73,7 +75,7 @@ def test_a_failure_on_a_thread_is_not_lost() -> None:
     asked = wishes(8, Highest(), None)
     asked[1] = Wish(1, 1, Broken(), lambda token: True)
     with pytest.raises(ValueError, match="bad row"):
-        Drawer(4, lambda token: b"x").draw(some_rows(8), asked)
+        Drawer(4, lambda token: b"x").draw(some_rows(8), Round(asked, 2000))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -99,7 +101,7 @@ def test_a_draft_counts_as_far_as_it_is_drawn_and_wanted(
 
     rows = np.eye(300, dtype=np.float32)[[4, 7, 2, 5][: len(draft) + 1]]
     wish = Wish(1, 0, sampler, accept, None, draft)
-    [found] = Drawer(1, lambda token: b"x").draw(rows, [wish])
+    [found] = Drawer(1, lambda token: b"x").draw(rows, Round([wish], 300))
     assert [token for token, _ in found] == taken == drawn
 
 
@@ -127,15 +129,15 @@ def test_a_token_hangs_on_its_own_row_alone(n_vocab: int, n_threads: int) -> Non
     crowd = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
     shuffled = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
     lone = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    again = Round([Wish(i, i, one, lambda token: True) for i, one in enumerate(crowd)], n_vocab)
     for step in range(4):
         rows = some_rows(len(MIXED) + step, n_vocab)[step:]
         places = np.random.default_rng(step).permutation(len(MIXED))
         alone = [one.sample(row) for one, row in zip(lone, rows.copy(), strict=True)]
-        asked = [Wish(i, i, one, lambda token: True) for i, one in enumerate(crowd)]
         others = [Wish(i, i, shuffled[i], lambda token: True) for i in places[:7].tolist()]
-        drawn = drawer.draw(rows.copy(), asked)
+        drawn = drawer.draw(rows.copy(), again)
         assert [token for [(token, _)] in drawn] == alone
-        mixed = drawer.draw(rows.copy(), others)
+        mixed = drawer.draw(rows.copy(), Round(others, n_vocab))
         assert [token for [(token, _)] in mixed] == [alone[wish.id] for wish in others]
         for i in places[7:].tolist():
             shuffled[i].sample(rows[i].copy())
@@ -147,6 +149,6 @@ def test_a_row_without_a_choice_does_not_spoil_its_neighbours(value: float) -> N
     rows[1] = value
     asked = [Wish(i, i, sampler_of(seed=1), lambda token: True) for i in range(4)]
     expected = [sampler_of(seed=1).sample(row) for row in rows.copy()]
-    drawn = Drawer(2, lambda token: b"x").draw(rows, asked)
+    drawn = Drawer(2, lambda token: b"x").draw(rows, Round(asked, rows.shape[1]))
     assert [token for [(token, _)] in drawn] == expected
     assert all(0 <= token < 5000 for token in expected)

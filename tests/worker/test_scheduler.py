@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.worker.batches import Chunk
-from kvserve.worker.pace import Pace
 from kvserve.worker.scheduler import Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
@@ -324,19 +323,3 @@ def test_refuses_what_can_never_fit() -> None:
     for n_tokens in (0, 65):
         with pytest.raises(ValueError, match="do not fit"):
             scheduler.add(1, np.zeros(65), n_tokens)
-
-
-def test_pace_follows_the_machine() -> None:
-    pace = Pace(n_batch=2048)
-    assert pace.limit(0) == 128
-    pace.observe(n_prefilled=128, n_tokens=128, seconds=0.128)
-    assert pace.limit(n_decoding=1) == 150
-    assert pace.limit(n_decoding=0) == 1000
-    pace.observe(n_prefilled=3, n_tokens=4, seconds=9.0)
-    assert pace.limit(n_decoding=0) == 1000
-    for _ in range(50):
-        pace.observe(n_prefilled=512, n_tokens=512, seconds=60.0)
-    assert pace.limit(n_decoding=1) == 32
-    for _ in range(50):
-        pace.observe(n_prefilled=512, n_tokens=512, seconds=0.01)
-    assert pace.limit(n_decoding=1) == 2048

@@ -218,7 +218,7 @@ def test_carried_over_a_reload(start: Start, load_message, models, workers) -> N
     first.send(Pause(export_bytes=2**26))
     paused = first.until(Paused)
     assert len(paused.states) == 3
-    files = tuple(f"/proc/{first.process.pid}/fd/{state.fd}" for state in paused.states)
+    files = tuple((f"/proc/{first.process.pid}/fd/{state.fd}",) for state in paused.states)
     second = start("llama", eager=True, carried=files, **readable)
     begun = [tuple(first.answers[request].tokens) for request in asked]
     rest = [ask(second, "coin", seed=n, resume=begun[n]) for n in range(3)]

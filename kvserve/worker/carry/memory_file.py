@@ -59,10 +59,11 @@ class Origin:
 class Contents:
     """What a memory file holds, as its header tells.
 
-    `state_bytes` is the length of llama.cpp's part, `n_cached` the number of tokens in it. Of the
-    `n_tokens` that are listed, at most the last is not in the cache: it is decoded next, and the
-    distribution over `n_vocab` tokens that follows it is expected then (0: none was taken). `salt`
-    keeps its cells apart from other tenants' (at most LONGEST_SALT characters).
+    `state_bytes` is the length of llama.cpp's part, which holds the cells of the first `n_cached`
+    tokens, without those of the first `n_before`: they are in other files. Of the `n_tokens` that
+    are listed, at most the last is not in the cache: it is decoded next, and the distribution over
+    `n_vocab` tokens that follows it is expected then (0: none was taken). `salt` keeps its cells
+    apart from other tenants' (at most LONGEST_SALT characters).
 
     Raises ValueError where these do not go together.
     """
@@ -74,11 +75,14 @@ class Contents:
     n_tokens: int
     n_vocab: int = 0
     salt: str = ""
+    n_before: int = 0
 
     def __post_init__(self) -> None:
         sizes = self.state_bytes, self.n_cached, self.n_vocab
         if min(sizes) < 0 or self.n_tokens - self.n_cached not in (0, 1):
             raise ValueError(f"{self.n_cached} of {self.n_tokens} tokens in {sizes[0]} bytes")
+        if not 0 <= self.n_before <= self.n_cached:
+            raise ValueError(f"{self.n_before} of {self.n_cached} tokens in other files")
         if self.n_vocab and self.n_tokens == self.n_cached:
             raise ValueError("a distribution after no token")
         if len(self.salt) > LONGEST_SALT:
@@ -135,9 +139,10 @@ class ExportedState:
         begin = self.contents.tokens_offset + 4 * self.contents.n_tokens
         return self._map()[begin:].view(np.float32).copy()
 
-    def view(self) -> Bytes:
-        """llama.cpp's bytes, read-only; valid as long as the array lives."""
-        return self._map()[HEADER_BYTES : HEADER_BYTES + self.contents.state_bytes]
+    def view(self, *, mapped: bool = False) -> Bytes:
+        """llama.cpp's bytes, read-only; valid as long as the array lives. With `mapped` all pages
+        are mapped before it returns: reading causes no faults then."""
+        return self._map(mapped=mapped)[HEADER_BYTES : HEADER_BYTES + self.contents.state_bytes]
 
     def close(self) -> None:
         """Give the memory back, unless another process holds the file or a view lives."""
@@ -154,12 +159,11 @@ class ExportedState:
     ) -> None:
         self.close()
 
-    def _map(self) -> Bytes:
+    def _map(self, *, mapped: bool = False) -> Bytes:
         # Private: Linux before 6.7 maps no file shared that is sealed against writing.
-        mapped = mmap.mmap(
-            self.fd, self.contents.file_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ
-        )
-        return np.frombuffer(mapped, dtype=np.uint8)
+        flags = mmap.MAP_PRIVATE | (mmap.MAP_POPULATE if mapped else 0)
+        file = mmap.mmap(self.fd, self.contents.file_bytes, flags=flags, prot=mmap.PROT_READ)
+        return np.frombuffer(file, dtype=np.uint8)
 
 
 class Blank:

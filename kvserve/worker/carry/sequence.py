@@ -1,5 +1,9 @@
 """A sequence out of one context, and into another. On the thread that decodes."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 from kvserve.core.dtypes import CachePair, KvType
 from kvserve.worker.carry.canary import divergence, divergence_limit, next_distribution
 from kvserve.worker.carry.layout import StateLayout
@@ -15,7 +19,7 @@ from kvserve.worker.carry.memory_file import (
 )
 from kvserve.worker.carry.nameless import name_cells
 from kvserve.worker.carry.refusal import CannotCarry, Reason
-from kvserve.worker.carry.structure import Bytes, parse
+from kvserve.worker.carry.structure import Bytes, CacheState, parse
 from kvserve.worker.llama import VERSION, CacheFull, Context, DecodeError
 
 
@@ -27,60 +31,140 @@ def export_sequence(
     salt: str = "",
     canary: bool = False,
     blank: Blank | None = None,
+    n_before: int = 0,
+    through: int | None = None,
 ) -> ExportedState:
     """Copy a sequence into a memory file, into `blank` where one was made ahead.
 
     `tokens` are all that the sequence is made of: those in the cache, and maybe one that was drawn
     and is decoded next. With `canary` that one is decoded now, after the copy, so that the import
     can be proven; the sequence must not go on in this context then. Kept sequences, with ids of
-    `n_seq_max` and above, cannot be decoded and get no canary.
+    `n_seq_max` and above, cannot be decoded and get no canary. The cells of the first `n_before`
+    tokens are left out, which takes a free id, `through`.
 
     Raises CannotCarry: MEMORY_CLASS, EMPTY, EXPORT or MALFORMED. Raises OSError where the kernel
     gives no memory, CacheFull or DecodeError where the canary cannot be decoded.
     """
+    n_cached = context.n_cached(slot)
+
+    def expect() -> LogProbs:
+        return next_distribution(context, slot, int(tokens[-1]), n_cached)
+
+    canary = canary and len(tokens) > n_cached and slot < context.n_seq_max
     try:
-        layout, n_cached = _exportable(context, slot, tokens, salt)
+        layout = _exportable(context, slot, salt)
+        if len(tokens) - n_cached not in (0, 1):
+            told = f"{n_cached} tokens in the cache, and {len(tokens)} told"
+            raise CannotCarry(Reason.EXPORT, told)
     except CannotCarry:
         if blank is not None:
             blank.close()
         raise
-    n_bytes = context.state_bytes(slot)
-    gap = 4 * n_cached if slot >= context.n_seq_max else 0
-
-    def fill(out: Bytes) -> LogProbs | None:
-        n_written = context.read_state(slot, out.ctypes.data + gap, n_bytes)
-        if n_written != n_bytes:
-            raise CannotCarry(Reason.EXPORT, f"llama.cpp wrote {n_written} of {n_bytes} bytes")
-        if gap:
-            name_cells(out, n_cached, layout.cell_ext_bytes, slot)
-        _check_end(out, layout, n_cached)
-        return next_distribution(context, slot, int(tokens[-1]), n_cached) if n_vocab else None
-
-    canary = canary and len(tokens) > n_cached and slot < context.n_seq_max
-    n_vocab = context.vocab.n_tokens if canary else 0
-    contents = Contents(
-        _origin(context), layout, gap + n_bytes, n_cached, len(tokens), n_vocab, salt
-    )
-    return write_state(contents, tokens, fill, blank)
+    span = _Span(slot, n_before, n_cached, through)
+    return _export(context, span, layout, tokens, salt, blank, expect if canary else None)
 
 
-def _exportable(context: Context, slot: int, tokens: Tokens, salt: str) -> tuple[StateLayout, int]:
-    """The layout of a sequence, and its tokens in the cache. Raises CannotCarry."""
+def export_piece(
+    context: Context,
+    slot: int,
+    tokens: Tokens,
+    *,
+    n_before: int,
+    through: int,
+    salt: str = "",
+    blank: Blank | None = None,
+) -> ExportedState:
+    """Copy the cells of `tokens`, the beginning of a sequence that may be longer and goes on, but
+    for the first `n_before`, by way of the free id `through`. Plain attention only.
+
+    Raises as `export_sequence` does.
+    """
+    try:
+        layout = _exportable(context, slot, salt)
+    except CannotCarry:
+        if blank is not None:
+            blank.close()
+        raise
+    span = _Span(slot, n_before, len(tokens), through)
+    return _export(context, span, layout, tokens, salt, blank, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The cells of a sequence from the first `n_before` tokens on, `n_end` being the end of what
+    is exported. A part of a sequence is read under an id of its own, `through`."""
+
+    slot: int
+    n_before: int
+    n_end: int
+    through: int | None
+
+    @contextlib.contextmanager
+    def held(self, context: Context) -> Iterator[int]:
+        """The id that holds these cells and no others."""
+        if self.through is None:
+            yield self.slot
+            return
+        context.copy_cells(self.slot, self.through, self.n_before, self.n_end)
+        try:
+            yield self.through
+        finally:
+            context.clear_slot(self.through)
+
+
+def _export(
+    context: Context,
+    span: _Span,
+    layout: StateLayout,
+    tokens: Tokens,
+    salt: str,
+    blank: Blank | None,
+    expect: Callable[[], LogProbs] | None,
+) -> ExportedState:
+    n_cells = span.n_end - span.n_before
+    with span.held(context) as held:
+        n_bytes = context.state_bytes(held)
+        gap = 4 * n_cells if held >= context.n_seq_max else 0
+
+        def fill(out: Bytes) -> LogProbs | None:
+            n_written = context.read_state(held, out.ctypes.data + gap, n_bytes)
+            if n_written != n_bytes:
+                raise CannotCarry(Reason.EXPORT, f"llama.cpp wrote {n_written} of {n_bytes} bytes")
+            if gap:
+                name_cells(out, n_cells, layout.cell_ext_bytes, held)
+            _check_span(out, layout, span.n_before, span.n_end)
+            return expect() if expect is not None else None
+
+        contents = Contents(
+            _origin(context),
+            layout,
+            gap + n_bytes,
+            span.n_end,
+            len(tokens),
+            context.vocab.n_tokens if expect is not None else 0,
+            salt,
+            span.n_before,
+        )
+        return write_state(contents, tokens, fill, blank)
+
+
+def _exportable(context: Context, slot: int, salt: str) -> StateLayout:
+    """The layout of a sequence. Raises CannotCarry."""
     layout = context.state_layout
     if layout is None:
         raise CannotCarry(Reason.MEMORY_CLASS, "the state of this model's memory is not known")
-    n_cached = context.n_cached(slot)
-    if n_cached == 0:
+    if context.n_cached(slot) == 0:
         raise CannotCarry(Reason.EMPTY, "the sequence holds no tokens")
     if len(salt) > LONGEST_SALT:
         raise CannotCarry(Reason.EXPORT, f"a cache salt of {len(salt)} characters")
-    if len(tokens) - n_cached not in (0, 1):
-        raise CannotCarry(Reason.EXPORT, f"{n_cached} tokens in the cache, and {len(tokens)} told")
-    return layout, n_cached
+    return layout
 
 
-def import_sequence(context: Context, slot: int, state: ExportedState) -> None:
+def import_sequence(
+    context: Context, slot: int, state: ExportedState, data: Bytes | None = None
+) -> None:
     """Replace a sequence by an exported one, which must have this context's types and rotation.
+    `data` is the state's view where there is one already.
 
     Raises CannotCarry: IDENTITY, LAYOUT, MALFORMED or IMPORT. The sequence is empty then.
     """
@@ -94,12 +178,32 @@ def import_sequence(context: Context, slot: int, state: ExportedState) -> None:
         raise CannotCarry(
             Reason.IMPORT, f"{contents.n_cached} tokens, and the context has {context.n_ctx}"
         )
-    data = state.view()
-    _check_end(data, state.layout, contents.n_cached)
+    data = state.view() if data is None else data
+    _check_span(data, state.layout, contents.n_before, contents.n_cached)
     n_read = context.write_state(slot, data.ctypes.data, contents.state_bytes)
     if n_read != contents.state_bytes:
         context.clear_slot(slot)
         raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {contents.state_bytes} bytes")
+
+
+def import_piece(
+    context: Context, slot: int, state: ExportedState, through: int, data: Bytes | None = None
+) -> None:
+    """Add a state's cells to a sequence that holds those before them, by way of the free id
+    `through`, which batches may use.
+
+    Raises CannotCarry as `import_sequence` does, and IMPORT where the sequence does not end where
+    the state begins. The sequence is as it was then.
+    """
+    contents = state.contents
+    n_cached = context.n_cached(slot)
+    if n_cached != contents.n_before:
+        raise CannotCarry(
+            Reason.IMPORT, f"a piece from token {contents.n_before} on, after {n_cached} tokens"
+        )
+    import_sequence(context, through, state, data)
+    context.copy_cells(through, slot, contents.n_before, contents.n_cached)
+    context.clear_slot(through)
 
 
 def prove_sequence(context: Context, slot: int, state: ExportedState) -> float | None:
@@ -140,7 +244,15 @@ def _origin(context: Context) -> Origin:
     return Origin(context.model_identity, VERSION)
 
 
-def _check_end(state: Bytes, layout: StateLayout, n_cached: int) -> None:
-    n_tokens = parse(state, layout).n_tokens
-    if n_tokens != n_cached:
-        raise CannotCarry(Reason.MALFORMED, f"a state of {n_tokens} tokens, not {n_cached}")
+def _check_span(state: Bytes, layout: StateLayout, n_before: int, n_end: int) -> None:
+    """Whether a state holds the cells from the first `n_before` tokens to the first `n_end`."""
+    parsed = parse(state, layout)
+    if parsed.n_tokens != n_end:
+        raise CannotCarry(Reason.MALFORMED, f"a state of {parsed.n_tokens} tokens, not {n_end}")
+    if n_before and (layout.recurrent or not all(_is_span(one, n_before) for one in parsed.caches)):
+        raise CannotCarry(Reason.MALFORMED, f"a state that is no piece from token {n_before} on")
+
+
+def _is_span(cache: CacheState, n_before: int) -> bool:
+    first, last = cache.first_position, cache.last_position
+    return first == n_before and last is not None and cache.n_cells == last + 1 - n_before

@@ -84,6 +84,7 @@ class CacheState:
     last_position: int | None
     k: tuple[Rows, ...]
     v: tuple[Rows, ...]
+    first_position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def _parse_cache(
         raise _malformed(f"a cache of {n_stream} streams")
     if n_cells == 0:
         return CacheState(0, b"", None, (), ())
-    cells, last_position = _parse_cells(reader, n_cells, cell_ext_bytes, seq_id)
+    cells, first_position, last_position = _parse_cells(reader, n_cells, cell_ext_bytes, seq_id)
     v_trans, n_layer = reader.take(_PAIR)
     if v_trans != 0:
         raise _malformed("V is transposed (flash attention is off)")
@@ -237,12 +238,12 @@ def _parse_cache(
             _parse_rows(reader, layout.type_v, n_cells, layout.head_v)
             for _ in range(layout.n_layer)
         )
-    return CacheState(n_cells, cells, last_position, k, v)
+    return CacheState(n_cells, cells, last_position, k, v, first_position)
 
 
 def _parse_cells(
     reader: _Reader, n_cells: int, cell_ext_bytes: int, seq_id: int
-) -> tuple[bytes, int]:
+) -> tuple[bytes, int, int]:
     form = cell_form(cell_ext_bytes)
     data = reader.view(n_cells * form.itemsize).tobytes()
     cells = np.frombuffer(data, dtype=form)
@@ -253,7 +254,7 @@ def _parse_cells(
         raise _malformed("a cell without a position")
     if len(np.unique(positions)) != n_cells:
         raise _malformed("two cells of one position")
-    return data, int(positions.max())
+    return data, int(positions.min()), int(positions.max())
 
 
 def _parse_rows(reader: _Reader, kv_type: KvType, n_rows: int, head_size: int | None) -> Rows:

@@ -6,6 +6,8 @@ alike in both caches are copied.
 """
 
 import ctypes
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +33,15 @@ from kvserve.worker.carry.structure import (
 _BLOCK_ELEMENTS = 2**19
 """Shorter blocks cost more of the interpreter's lock, which all threads share: on 16 cores 4 GB of
 f16 took 3.2 s to q8_0 in blocks of 2^17, 1.9 s in 2^18, 1.3 s in 2^19."""
+_LOW_PRIORITY = 10
+"""As `nice` counts."""
 
 
-def transcode(source: ExportedState, target: StateLayout, n_threads: int) -> ExportedState:
-    """Write the state in the types and rotations of `target`. `source` stays as it is.
+def transcode(
+    source: ExportedState, target: StateLayout, n_threads: int, *, aside: bool = False
+) -> ExportedState:
+    """Write the state in the types and rotations of `target`. `source` stays as it is. Done
+    `aside`, it leaves the processors to whoever else needs them.
 
     Raises CannotCarry: MALFORMED for a state that is not what its header says, LAYOUT where the
     two differ in more than types and rotation. Raises OSError where there is no memory.
@@ -52,7 +59,7 @@ def transcode(source: ExportedState, target: StateLayout, n_threads: int) -> Exp
             n_bytes = state.recurrent.n_bytes
             out[end : end + n_bytes] = data[begin : begin + n_bytes]
         blocks = _blocks(_conversions(state, source.layout, retyped, target))
-        _run(blocks, data.ctypes.data, out.ctypes.data, n_threads)
+        _run(blocks, data.ctypes.data, out.ctypes.data, n_threads, aside=aside)
         return source.expected
 
     contents = replace(source.contents, layout=target, state_bytes=retyped.n_bytes)
@@ -116,17 +123,24 @@ def _blocks(conversions: Iterator[_Conversion]) -> Iterator[_Block]:
             yield _Block(conversion, first, min(rows_at_once, n_rows - first))
 
 
-def _run(blocks: Iterator[_Block], source: int, target: int, n_threads: int) -> None:
+def _run(
+    blocks: Iterator[_Block], source: int, target: int, n_threads: int, *, aside: bool
+) -> None:
     """Convert all blocks, from the state at address `source` to the one at `target`."""
     queue = deque(blocks)
     converter = partial(_convert_all, queue, row_codec(), source, target)
     n_threads = min(n_threads, len(queue))
-    if n_threads <= 1:
+    if n_threads <= 1 and not aside:
         converter()
         return
-    with ThreadPoolExecutor(n_threads, "transcode") as pool:
+    with ThreadPoolExecutor(max(1, n_threads), "transcode", _yield if aside else None) as pool:
         for done in [pool.submit(converter) for _ in range(n_threads)]:
             done.result()
+
+
+def _yield() -> None:
+    """Put the calling thread behind others; Linux has a priority for each."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
 
 
 def _convert_all(queue: deque[_Block], codec: RowCodec, source: int, target: int) -> None:

@@ -62,6 +62,12 @@ class Batch:
             self.outputs.extend(range(first, end))
         self.n_tokens = self.raw.n_tokens = end
 
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Put the next token of every sequence in the place of the last one: of a batch with one
+        token each."""
+        self._token[: self.n_tokens] = tokens
+        self._pos[: self.n_tokens] += 1
+
     def want_all(self) -> None:
         """Ask for the logits of every token that was added."""
         self._wanted[: self.n_tokens] = 1

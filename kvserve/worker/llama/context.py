@@ -146,6 +146,10 @@ class Context:
         """Let an empty sequence share the first `n_tokens` cells of another."""
         ll.llama_memory_seq_cp(self._memory, source, target, 0, n_tokens)
 
+    def copy_cells(self, source: int, target: int, begin: int, end: int) -> None:
+        """Let another sequence share the cells at positions `begin` to `end`, without the last."""
+        ll.llama_memory_seq_cp(self._memory, source, target, begin, end)
+
     def first_position(self, slot: int) -> int:
         """The lowest position of a sequence that all caches hold; -1 for none."""
         position: int = ll.llama_memory_seq_pos_min(self._memory, slot)

@@ -59,6 +59,11 @@ class Speculator:
         self._turn = 0
         self._n_useful = float(n_each)
 
+    @property
+    def foresees(self) -> bool:
+        """Whether `propose` is quick enough to be asked one token early."""
+        return not self._proposer.batched
+
     def propose(self, asks: Sequence[Ask]) -> dict[int, Draft]:
         """The tokens to be checked beside the last token of each of `asks`, which are all the
         sequences that generate."""

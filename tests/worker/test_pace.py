@@ -1,0 +1,123 @@
+"""How long steps become on machines of known speed, while prompts come in beside streams."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from kvserve.worker.pace import Pace
+
+N_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds of a step with `n_decoding` generated and `n_prefill` prompt tokens."""
+
+    name: str
+    seconds: Callable[[int, int], float]
+
+
+def gpu(n_decoding: int, n_prefill: int) -> float:
+    """Reading the weights takes 3.7 ms and hides the first 20 tokens' arithmetic."""
+    n_tokens = n_decoding + n_prefill
+    return max(0.0037 + 0.00009 * min(n_tokens, 60), 0.000125 * n_tokens) + 0.0002 * n_decoding
+
+
+def laptop(n_decoding: int, n_prefill: int) -> float:
+    return 0.004 + 0.012 * n_decoding + 0.001 * n_prefill
+
+
+def slow(n_decoding: int, n_prefill: int) -> float:
+    """A large model on a CPU."""
+    return 0.4 + 0.05 * n_decoding + 0.1 * n_prefill
+
+
+MACHINES = (Machine("gpu", gpu), Machine("laptop", laptop), Machine("slow", slow))
+
+
+def warm(machine: Machine, n_decoding: int) -> Pace:
+    """After prompts that were read alone and some steps of the streams."""
+    pace = Pace(N_BATCH)
+    for _ in range(5):
+        n = pace.limit(0)
+        pace.observe(n, n, machine.seconds(0, n))
+    for _ in range(20):
+        pace.observe(0, n_decoding, machine.seconds(n_decoding, 0))
+    return pace
+
+
+def read(machine: Machine, pace: Pace, n_decoding: int, n_prompt: int) -> list[float]:
+    """The steps in which a prompt is read."""
+    steps = []
+    while n_prompt:
+        n = min(pace.limit(n_decoding), n_prompt)
+        steps.append(machine.seconds(n_decoding, n))
+        pace.observe(n, n + n_decoding, steps[-1])
+        n_prompt -= n
+    return steps
+
+
+@pytest.mark.parametrize("n_decoding", [1, 4, 16])
+@pytest.mark.parametrize("machine", MACHINES[:2], ids=lambda machine: machine.name)
+def test_a_long_prompt_makes_no_step_three_times_as_long(machine: Machine, n_decoding: int) -> None:
+    idle = machine.seconds(n_decoding, 0)
+    steps = read(machine, warm(machine, n_decoding), n_decoding, 16_384)
+    assert max(steps) < 3 * idle
+    alone = 16_384 / N_BATCH * machine.seconds(0, N_BATCH)
+    assert sum(steps) < 3.5 * alone
+
+
+def test_where_a_token_takes_long_a_prompt_still_moves() -> None:
+    machine = MACHINES[2]
+    steps = read(machine, warm(machine, 1), 1, 256)
+    assert len(steps) <= 256 / 8
+    assert max(steps) < 4 * machine.seconds(1, 0)
+
+
+def test_more_that_wait_than_run_make_longer_steps_up_to_the_bound() -> None:
+    def grown(n_waiting: int) -> int:
+        pace = warm(MACHINES[0], 4)
+        for _ in range(20):
+            n = pace.limit(4, n_waiting)
+            pace.observe(n, n + 4, gpu(4, n))
+        return pace.limit(4, n_waiting)
+
+    few, as_many, more = grown(1), grown(4), grown(12)
+    assert few == as_many
+    assert more > 2 * few
+    assert gpu(4, grown(1000)) < 0.16
+
+
+def test_a_short_rest_of_a_prompt_does_not_make_the_next_one_begin_slowly() -> None:
+    pace = warm(MACHINES[1], 2)
+    for _ in range(10):
+        n = pace.limit(2)
+        pace.observe(n, n + 2, laptop(2, n))
+    n = pace.limit(2)
+    pace.observe(3, 5, laptop(2, 3))
+    assert pace.limit(2) >= n
+
+
+def test_one_slow_step_is_forgotten() -> None:
+    pace = warm(MACHINES[1], 2)
+    before = pace.limit(2)
+    pace.observe(0, 2, 5.0)
+    assert pace.limit(2) == before
+
+
+def test_follows_the_machine() -> None:
+    pace = Pace(n_batch=2048)
+    assert pace.limit(0) == 128
+    pace.observe(n_prefilled=128, n_tokens=128, seconds=0.128)
+    assert pace.limit(n_decoding=1) == 150
+    assert pace.limit(n_decoding=0) == 1000
+    pace.observe(n_prefilled=3, n_tokens=3, seconds=9.0)
+    assert pace.limit(n_decoding=0) == 1000
+    for _ in range(50):
+        pace.observe(n_prefilled=512, n_tokens=512, seconds=60.0)
+    assert pace.limit(n_decoding=1) == 8
+    assert pace.limit(n_decoding=0) == 32
+    for _ in range(50):
+        pace.observe(n_prefilled=512, n_tokens=512, seconds=0.01)
+    assert pace.limit(n_decoding=1) == 2048
