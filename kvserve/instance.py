@@ -106,7 +106,8 @@ def remove_instance(paths: InstancePaths, pid: int) -> None:
 
 def keep_few_passing(paths: InstancePaths, *, passing: bool, keep: int = 3) -> None:
     """Note whether the daemon of `paths` took any free port. Those that did leave their logs under
-    another number each time: of those that run no more, the logs of the latest `keep` stay."""
+    another number each time: of those that run no more, the logs of the latest `keep` stay, and the
+    record of none, which one that was killed leaves."""
     with contextlib.suppress(OSError):
         if not passing:
             paths.passing.unlink(missing_ok=True)
@@ -115,6 +116,8 @@ def keep_few_passing(paths: InstancePaths, *, passing: bool, keep: int = 3) -> N
         found = [path for path in paths.state_dir.glob("*.passing") if path.stem.isdecimal()]
         gone = [path for path in found if int(path.stem) not in running]
         gone.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for marker in gone:
+            InstancePaths(paths.state_dir, int(marker.stem)).record.unlink(missing_ok=True)
         for marker in gone[keep:]:
             for log in InstancePaths(paths.state_dir, int(marker.stem)).logs:
                 log.unlink(missing_ok=True)

@@ -21,6 +21,15 @@ def test_of_daemons_on_any_free_port_the_latest_logs_stay(tmp_path):
     assert kept == {40003, 40004, 40005, 40006}  # three that ended, and the last
 
 
+def test_records_of_killed_daemons_on_any_free_port_go(tmp_path):
+    for port in range(40001, 40004):
+        paths = InstancePaths(tmp_path, port)
+        url = f"http://127.0.0.1:{port}"
+        write_instance(paths, Instance(2**22 + 1, 0.0, url, port, "model", "token"))
+        keep_few_passing(paths, passing=True)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["40003.json"]
+
+
 def test_logs_of_a_chosen_port_are_kept(tmp_path):
     chosen = InstancePaths(tmp_path, 40001)
     keep_few_passing(chosen, passing=True)
