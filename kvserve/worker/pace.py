@@ -1,18 +1,20 @@
 """How many prompt tokens a step may take on, so that a step stays short."""
 
 from collections import deque
-from statistics import median
+from statistics import median_low
 
-_BESIDE_STREAMS_S = 0.15
 _ALONE_S = 1.0
 _STRETCH = 1.6
-"""Beside streams, prompt tokens may take so many times as long as the streams' own step: with it
-the gap between two of their tokens stays below three times what it is without a prompt."""
+"""Beside streams, one waiting prompt may take so many times as long as the streams' own step: with
+it the gap between two of their tokens stays below three times what it is without a prompt."""
+_LEAST_BOUND_S, _MOST_BOUND_S = 0.05, 0.15
+_BOUND_STEPS = 4
+"""Where several wait, their prompts may take so many of the streams' steps, within those bounds."""
 _FEWEST = 32
 _FEWEST_BESIDE = 8
 _FIRST = 128
 _SMOOTHING = 0.3
-_GROWTH = 1.5
+_GROWTH = 2.0
 """Beside streams, the limit of one step is at most so many times that of the step before."""
 _N_STEPS = 9
 
@@ -30,22 +32,21 @@ class Pace:
     def __init__(self, n_batch: int) -> None:
         self._n_batch = n_batch
         self._seconds_per_token: float | None = None
-        self._steps: deque[float] = deque(maxlen=_N_STEPS)
+        self._steps = _StreamSteps()
         self._granted = 0
         self._mixed = False
 
     def limit(self, n_decoding: int, n_waiting: int = 1) -> int:
         """The most prompt tokens for the next step, beside `n_decoding` running streams.
 
-        `n_waiting` requests wait for their first token: where they are more than those that run,
-        the step may be as many times longer, up to the bound.
+        `n_waiting` requests wait for their first token: each may have its time, up to the bound.
         """
         if self._seconds_per_token is None:
             return min(_FIRST, self._n_batch)
         if not n_decoding:
             affordable = int(_ALONE_S / self._seconds_per_token)
             return max(min(affordable, self._n_batch), min(_FEWEST, self._n_batch))
-        affordable = int(self._seconds_beside(n_waiting / n_decoding) / self._seconds_per_token)
+        affordable = int(self._seconds_beside(n_decoding, n_waiting) / self._seconds_per_token)
         if self._mixed:
             affordable = min(affordable, int(_GROWTH * self._granted) + 1)
         self._granted = max(min(affordable, self._n_batch), min(_FEWEST_BESIDE, self._n_batch))
@@ -58,24 +59,50 @@ class Pace:
         """
         n_others = n_tokens - n_prefilled
         if not n_prefilled:
-            self._steps.append(seconds)
+            self._steps.observe(n_others, seconds)
             self._mixed = False
             return
         self._mixed = n_others > 0
-        if n_prefilled < (_FEWEST_BESIDE if n_others and self._steps else _FEWEST):
+        others_s = self._steps.estimate(n_others, self._seconds_per_token) if n_others else None
+        if n_prefilled < (_FEWEST_BESIDE if others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
-        if n_others and self._steps:
+        if others_s is not None:
             # Weights that are read anyway make a short chunk cheap: never less than half the mean.
-            measured = max((seconds - median(self._steps)) / n_prefilled, measured / 2)
+            measured = max((seconds - others_s) / n_prefilled, measured / 2)
         measured = max(measured, 1e-9)
         known = self._seconds_per_token
         self._seconds_per_token = (
             measured if known is None else known + _SMOOTHING * (measured - known)
         )
 
-    def _seconds_beside(self, n_waiting_each: float) -> float:
-        if not self._steps:
-            return _BESIDE_STREAMS_S
-        step = median(self._steps)
-        return min(_STRETCH * step * max(1.0, n_waiting_each), max(_BESIDE_STREAMS_S, step))
+    def _seconds_beside(self, n_decoding: int, n_waiting: int) -> float:
+        step = self._steps.estimate(n_decoding, self._seconds_per_token)
+        if step is None:
+            return _MOST_BOUND_S
+        bound = min(max(_BOUND_STEPS * step, _LEAST_BOUND_S), _MOST_BOUND_S)
+        return min(_STRETCH * step * max(n_waiting, 1), max(bound, step))
+
+
+class _StreamSteps:
+    """What a step of so many streams takes, without prompts."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+
+    def observe(self, n: int, seconds: float) -> None:
+        """Note a step. A single one that something held up will not count."""
+        self._seen.setdefault(n, deque(maxlen=_N_STEPS)).append(seconds)
+
+    def estimate(self, n: int, seconds_per_token: float | None) -> float | None:
+        """Seconds for `n` streams: on the line between known numbers, above them by what a token
+        takes, and never less than fewer streams take. None where nothing is known."""
+        below = max((m for m in self._seen if m <= n), default=None)
+        above = min((m for m in self._seen if m > n), default=None)
+        if below is None:
+            return None if above is None else median_low(self._seen[above])
+        base = median_low(self._seen[below])
+        if above is not None:
+            share = (n - below) / (above - below)
+            return max(base, base + share * (median_low(self._seen[above]) - base))
+        return base + (n - below) * (seconds_per_token or 0.0)

@@ -5,6 +5,9 @@ thread can run: 0.45 ms a row beside an H100, with eight threads as with one. He
 those calls. What a row gives hangs on that row alone: the same token comes of it in any company.
 """
 
+import bisect
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +26,8 @@ _WIDTH = 3000
 """Columns that a row is folded into. No power of two: the logits of a column would all fall into
 the same few lines of the processor's cache."""
 _LEAST_DEPTH = 8
+_FEW = 2
+"""Up to so many rows are drawn from without NumPy, whose calls take longer than so short lists."""
 _MOST_CANDIDATES = 1024
 """Of a row with more logits that equal its k-th largest, the draw is left to others."""
 
@@ -128,6 +133,8 @@ def draw(found: Candidates, settings: Settings, numbers: NDArray[np.float64]) ->
     The draw goes along the tokens in the vocabulary's order: rounding hardly ever changes it.
     """
     n_rows = len(numbers)
+    if n_rows <= _FEW:
+        return np.array([_draw_row(found, settings, row, numbers[row]) for row in range(n_rows)])
     counts = np.bincount(found.rows, minlength=n_rows)
     if counts.min() == 0 or counts.max() > _MOST_CANDIDATES:
         return _draw_some(found, counts, settings, numbers)
@@ -147,6 +154,34 @@ def draw(found: Candidates, settings: Settings, numbers: NDArray[np.float64]) ->
     drawn = (sums > borders[:, None]).argmax(axis=1)
     tokens: NDArray[np.int64] = found.ids[starts + drawn]
     return tokens
+
+
+def _draw_row(found: Candidates, settings: Settings, row: int, number: float) -> int:
+    """The same for one of few rows."""
+    mine = slice(None)
+    if len(settings.top_k) > 1:
+        start, end = np.searchsorted(found.rows, (row, row + 1))
+        mine = slice(start, end)
+    logits = found.logits[mine].tolist()
+    if not 0 < len(logits) <= _MOST_CANDIDATES:
+        return -1
+    top_k, top_p, depth, temperature = (column[row].item() for column in settings)
+    falling = sorted(logits, reverse=True)
+    highest = falling[0]
+    n_kept = min(top_k, len(falling))
+    if top_p < 1:
+        sums = list(itertools.accumulate(math.exp(one - highest) for one in falling[:n_kept]))
+        n_kept = min(n_kept, bisect.bisect_left(sums, top_p * sums[-1]) + 1)
+    if depth > -math.inf:
+        n_kept = min(n_kept, sum(one - highest >= depth for one in falling))
+    lowest = falling[n_kept - 1]
+    sums = list(
+        itertools.accumulate(
+            math.exp((one - highest) / temperature) if one >= lowest else 0.0 for one in logits
+        )
+    )
+    border = min(number * sums[-1], math.nextafter(sums[-1], 0))
+    return int(found.ids[mine][bisect.bisect_right(sums, border)])
 
 
 def draw_one(row: NDArray[np.float32], plain: Plain, number: float) -> int:

@@ -75,7 +75,7 @@ def test_where_a_token_takes_long_a_prompt_still_moves() -> None:
     assert max(steps) < 4 * machine.seconds(1, 0)
 
 
-def test_more_that_wait_than_run_make_longer_steps_up_to_the_bound() -> None:
+def test_more_that_wait_make_longer_steps_up_to_the_bound() -> None:
     def grown(n_waiting: int) -> int:
         pace = warm(MACHINES[0], 4)
         for _ in range(20):
@@ -83,10 +83,32 @@ def test_more_that_wait_than_run_make_longer_steps_up_to_the_bound() -> None:
             pace.observe(n, n + 4, gpu(4, n))
         return pace.limit(4, n_waiting)
 
-    few, as_many, more = grown(1), grown(4), grown(12)
-    assert few == as_many
-    assert more > 2 * few
-    assert gpu(4, grown(1000)) < 0.16
+    assert grown(3) > 2 * grown(1)
+    assert gpu(4, grown(1000)) < 0.06
+
+
+def test_many_prompts_at_once_are_read_about_as_fast_as_alone() -> None:
+    """32 requests arrive while nothing but steps of a single stream is known."""
+    n_prompt, n_requests = 115, 32
+    pace = warm(MACHINES[0], 1)
+    left = [n_prompt] * n_requests
+    seconds, first_tokens = 0.0, []
+    while left:
+        n_decoding = n_requests - len(left)
+        n = min(pace.limit(n_decoding, len(left)), sum(left))
+        step = gpu(n_decoding, n)
+        pace.observe(n, n + n_decoding, step)
+        seconds += step
+        while left and n:
+            taken = min(n, left[0])
+            left[0] -= taken
+            n -= taken
+            if not left[0]:
+                left.pop(0)
+                first_tokens.append(seconds)
+    alone = n_prompt * n_requests / N_BATCH * gpu(0, N_BATCH)
+    assert seconds < 1.5 * alone
+    assert first_tokens[n_requests // 2] < 0.75 * alone
 
 
 def test_a_short_rest_of_a_prompt_does_not_make_the_next_one_begin_slowly() -> None:
