@@ -20,7 +20,7 @@ Rows = NDArray[np.float32]
 Drawn = list[tuple[int, TokenLogprobs | None]]
 
 _FEWEST = 2
-_FEWEST_TOGETHER = 8
+_FEWEST_TOGETHER = 16
 """Rows for each thread below which handing them over costs more than it saves."""
 
 

@@ -105,16 +105,16 @@ def candidates(logits: Rows, index: Ids, top_k: Ids) -> Candidates:
     hits = np.flatnonzero(maxima >= least[:, None])
     rows = hits // n_columns
     columns = hits - rows * n_columns
-    places = columns[:, None] + np.arange(0, (depth + (n_rest > 0)) * n_columns, n_columns)
-    flat = logits.reshape(-1)
-    values = flat.take(places + (index[rows] * n_vocab)[:, None], mode="clip")
+    n_deep = depth + (n_rest > 0)
+    places = (index[rows] * n_vocab + columns)[:, None] + np.arange(n_deep) * n_columns
+    values = logits.reshape(-1).take(places, mode="clip")
     if n_rest:
         values[columns >= n_rest, -1] = -np.inf
     found = np.flatnonzero(values >= least[rows, None])
-    keys = np.sort((places + (rows * n_vocab)[:, None]).ravel()[found])
-    rows = keys // n_vocab
-    ids = keys - rows * n_vocab
-    return Candidates(rows, ids, flat[index[rows] * n_vocab + ids])
+    hit = found // n_deep
+    rows, ids = rows[hit], columns[hit] + (found - hit * n_deep) * n_columns
+    order = np.argsort(rows * n_vocab + ids)
+    return Candidates(rows[order], ids[order], values.ravel()[found[order]])
 
 
 def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
