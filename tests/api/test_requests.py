@@ -300,3 +300,9 @@ def test_a_context_above_the_models_names_the_models():
 )
 def test_a_task_is_named_by_field_or_by_model(fields, task) -> None:
     assert spec_of(chat, **fields).task is task
+
+
+def test_each_choice_has_a_seed_of_its_own():
+    service = ScriptedService()
+    assert chat(service, n=3, seed=2**32 - 1).status_code == 200
+    assert [spec.sampling.seed for spec in service.specs] == [2**32 - 1, 0, 1]

@@ -108,7 +108,7 @@ def test_another_file_of_that_name_is_refused_with_the_reason(home: Path, tmp_pa
 
 def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
-    flags = ("--quick", "--ctx", "256", "--chunks", "400", "--pairs", "q8_0")
+    flags = ("--quick", "--ctx", "256", "--chunks", "400", "--pairs", "q8_0,q5_1,q4_0")
     process = subprocess.Popen(
         argv(model, tmp_path, "eval", *flags),
         env=environment,

