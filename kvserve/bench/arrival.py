@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import httpx
-
-from kvserve.bench.load import Load, ask, events, quantile, sampled
+from kvserve.bench.load import Load, ask, client_of, events, quantile, sampled
+from kvserve.bench.report import OURS, rivals
 from kvserve.errors import WorkerFailed
 
 _IDLE_TOKENS = 48
@@ -17,7 +16,6 @@ _ANSWER_TOKENS = 8
 """Of an arriving prompt: the first may be part of a character, which is no text yet."""
 _LEFT_OUT = 4
 """Gaps at the beginning of a stream, when others may still begin."""
-OURS = "kvserve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +53,7 @@ async def run(url: str, arrival: Arrival, *, model: str = "default") -> Disturba
     load = arrival.load
     times: list[list[float]] = [[] for _ in range(load.streams)]
     came = asyncio.Event()
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=httpx.Timeout(600.0), limits=limits, trust_env=False
-    ) as client:
+    async with client_of(url, load.streams) as client:
 
         async def stream(index: int) -> None:
             body = sampled(model, load.prompt(index), load.max_tokens)
@@ -145,14 +140,8 @@ def table(series: Mapping[str, Sequence[Disturbance]]) -> str:
     ]
     for name, results in series.items():
         for one in results:
-            rivals = [
-                other.gap_p99
-                for rival, others in series.items()
-                if rival != OURS
-                for other in others
-                if other.arrival == one.arrival
-            ]
-            ratio = f"{one.gap_p99 / min(rivals):.2f}" if rivals and name == OURS else ""
+            best = [other.gap_p99 for other in rivals(series) if other.arrival == one.arrival]
+            ratio = f"{one.gap_p99 / min(best):.2f}" if best and name == OURS else ""
             before = f"{1e3 * one.idle_p50:.1f} / {1e3 * one.idle_p99:.1f}"
             gaps = (one.gap_p50, one.gap_p99, one.gap_max)
             meanwhile = " / ".join(f"{1e3 * gap:.1f}" for gap in gaps)

@@ -73,18 +73,22 @@ class Result:
     n_cached_tokens: int
 
 
+def client_of(url: str, streams: int, api_key: str = "none") -> httpx.AsyncClient:
+    """A client for so many streams at a time at `url` (with `/v1`)."""
+    return httpx.AsyncClient(
+        base_url=url,
+        headers={"authorization": f"Bearer {api_key}"},
+        timeout=httpx.Timeout(600.0),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=streams),
+        trust_env=False,
+    )
+
+
 async def run(url: str, load: Load, *, model: str = "default", api_key: str = "none") -> Result:
     """Put the load on `url` (with `/v1`). Answers that fail are counted, not raised."""
     answers: list[Answer] = []
     failures: list[str] = []
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.streams)
-    async with httpx.AsyncClient(
-        base_url=url,
-        headers={"authorization": f"Bearer {api_key}"},
-        timeout=httpx.Timeout(600.0),
-        limits=limits,
-        trust_env=False,
-    ) as client:
+    async with client_of(url, load.streams, api_key) as client:
 
         async def stream(index: int) -> None:
             for turn in range(load.requests_per_stream):

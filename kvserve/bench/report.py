@@ -1,15 +1,23 @@
 """Bench results as a table for a terminal or a Markdown page, and as an SVG plot. Pure."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from kvserve.bench.load import Result
 
 Series = Mapping[str, Sequence[Result]]
 """The results of each server, by number of streams."""
 
+Measured = TypeVar("Measured")
+
 OURS = "kvserve"
 _WIDTH, _HEIGHT, _MARGIN = 640, 360, 48
 _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8d6a9f", "#b8860b")
+
+
+def rivals(series: Mapping[str, Sequence[Measured]]) -> list[Measured]:
+    """What was measured of all servers but kvserve."""
+    return [one for name, results in series.items() if name != OURS for one in results]
 
 
 def table(series: Series) -> str:
@@ -35,14 +43,8 @@ def table(series: Series) -> str:
 def _ratio(series: Series, name: str, result: Result) -> str:
     if name != OURS:
         return ""
-    rivals = [
-        other.tokens_per_second
-        for rival, results in series.items()
-        if rival != OURS
-        for other in results
-        if other.load == result.load
-    ]
-    return f"{result.tokens_per_second / max(rivals):.2f}" if rivals else ""
+    best = [one.tokens_per_second for one in rivals(series) if one.load == result.load]
+    return f"{result.tokens_per_second / max(best):.2f}" if best else ""
 
 
 def plot(series: Series) -> str:

@@ -24,10 +24,6 @@ class Blanks(Generic[Key]):
         """Whether there is nothing to wait for any more."""
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Return when `ready`."""
-        self._thread.join()
-
     def take(self, key: Key) -> Blank | None:
         """A file; None where there is none. Waits until `ready`."""
         self._thread.join()

@@ -92,7 +92,7 @@ class Engine:
             self._executor,
             self._outbox,
             speculator,
-            disturbed=lambda: self._files is not None or self._copies.busy or not inbox.empty(),
+            disturbed=lambda: self._copying or not inbox.empty(),
         )
         self._preparing: set[int] = set()
         self._paused = False
@@ -107,6 +107,11 @@ class Engine:
             wanted=self._preparing.__contains__,
             deliver=self._prepared,
         )
+
+    @property
+    def _copying(self) -> bool:
+        """Whether something is to be done between steps for the next worker."""
+        return self._files is not None or self._copies.busy
 
     def _prepared(self, result: Prepared | Refused) -> None:
         """From the preparing thread. A request that only waits has no part in what may go wrong."""
@@ -142,8 +147,7 @@ class Engine:
     def _take_messages(self) -> None:
         try:
             while True:
-                busy = self._files is not None or self._copies.busy
-                idle = self._paused or not (busy or self._scheduler.has_work)
+                idle = self._paused or not (self._copying or self._scheduler.has_work)
                 if idle:
                     self._outbox.flush()
                 self._handle(self._inbox.get(block=idle))

@@ -97,23 +97,17 @@ class Generation:
         """Generated tokens, those of earlier workers and a final end token included."""
         return self.n_tokens - self.n_prompt
 
-    def accept(self, token: int, piece: bytes, *, ends: bool) -> str:
-        """Take the next token and return the text that may be shown now.
-
-        `piece` is the token's text, `ends` whether the model ends its answer with this token.
-        Sets `finish` with the last token; the text returned with it is the rest of the answer.
-        """
-        self.take(token)
-        return self.read(self.n_tokens - 1, piece, ends=ends)
-
     def take(self, token: int) -> None:
         """Note the next token; `read` is to follow."""
         self._tokens[self.n_tokens] = token
         self.n_tokens += 1
 
     def read(self, place: int, piece: bytes, *, ends: bool) -> str:
-        """The text that may be shown with the token at `place`, after all before it were read;
-        sets `finish` as `accept` does."""
+        """The text that may be shown with the token at `place`, after all before it were read.
+
+        `piece` is the token's text, `ends` whether the model ends its answer with this token.
+        Sets `finish` with the last token; the text returned with it is the rest of the answer.
+        """
         text, rest = self._read(place, piece, ends=ends)
         return text + rest
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvserve.core.dtypes import CachePair, parse_pair
 from kvserve.core.floors import why_below
+from kvserve.core.lifecycle import Phase
 from kvserve.core.loss import NOTHING_MEASURED
 from kvserve.core.plan import Launch, Plan, Request, Task
 from kvserve.core.selector import select
@@ -30,6 +31,7 @@ from kvserve.ipc.messages import (
     Shutdown,
     Started,
     Step,
+    TakenIn,
     TextPrompt,
     ToWorker,
     Transcode,
@@ -308,3 +310,34 @@ def play(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def q8() -> CachePair:
     return parse_pair("q8_0")
+
+
+class Reload:
+    """A reload of a worker that answers one request, halted in a phase; `answer` is what whoever
+    asked for it gets."""
+
+    def __init__(
+        self, stage: Stage, old: FakeWorker, caller: Caller, answer: "asyncio.Task[Any]"
+    ) -> None:
+        self.stage, self.old, self.caller, self.answer = stage, old, caller, answer
+
+    @property
+    def new(self) -> FakeWorker:
+        return self.stage.workers[1]
+
+    @property
+    def phase(self) -> Phase:
+        return self.stage.supervisor.status().phase
+
+    async def answered_by_the_last(self) -> None:
+        """The last worker loads and takes in, if that is left, and answers the rest."""
+        stage = self.stage
+        if self.phase is Phase.LOADING:
+            stage.worker.load()
+            await stage.settle()
+        if self.phase is Phase.HANDOVER:
+            stage.worker.say(TakenIn())
+            await stage.settle()
+        assert self.phase is Phase.SERVING
+        stage.worker.answer(self.caller.id, 3, done=True)
+        await stage.settle()

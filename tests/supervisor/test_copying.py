@@ -24,7 +24,7 @@ from kvserve.ipc.messages import (
     TakenIn,
     Transcode,
 )
-from tests.supervisor.stage import Caller, FakeWorker, Generate, Load, Pause, Stage, play
+from tests.supervisor.stage import Caller, Generate, Load, Pause, Reload, Stage, play
 
 BESIDE = ("copying", "taking ahead", "pausing", "taking in")
 IN_ORDER = ("copying", "rewriting", "pausing", "leaving", "loading")
@@ -64,21 +64,13 @@ def files() -> Iterator[Files]:
     made.close()
 
 
-class Reload:
-    """A reload of a worker that answers one request, played up to a phase."""
+class Copied(Reload):
+    """A reload whose old worker copies into `files` ahead of its pause."""
 
     def __init__(self, stage: Stage, files: Files, caller: Caller) -> None:
-        self.stage, self.files, self.caller = stage, files, caller
-        self.answer = asyncio.create_task(stage.supervisor.change_context(32768))
-        self.old = stage.workers[0]
-
-    @property
-    def new(self) -> FakeWorker:
-        return self.stage.workers[1]
-
-    @property
-    def phase(self) -> Phase:
-        return self.stage.supervisor.status().phase
+        answer = asyncio.create_task(stage.supervisor.change_context(32768))
+        super().__init__(stage, stage.workers[0], caller, answer)
+        self.files = files
 
     async def copied(self) -> None:
         pieces = tuple(CopiedPiece(self.files.make(n), 8) for n in (2, 4))
@@ -105,21 +97,13 @@ class Reload:
             await stage.settle()
         self.old.die()
         await stage.settle()
-        if self.phase is Phase.LOADING:
-            stage.worker.load()
-            await stage.settle()
-        if self.phase is Phase.HANDOVER:
-            stage.worker.say(TakenIn())
-            await stage.settle()
-        assert self.phase is Phase.SERVING
-        stage.worker.answer(self.caller.id, 3, done=True)
-        await stage.settle()
+        await self.answered_by_the_last()
         assert self.caller.text == "t1 t2 t3 "
         assert self.caller.n_ends == 1
         assert (await self.answer).changed
 
 
-async def begun(stage: Stage, files: Files, *, beside: bool) -> Reload:
+async def begun(stage: Stage, files: Files, *, beside: bool) -> Copied:
     stage.planner.beside = 2**30 if beside else None
     old = await stage.serving()
     old.pid = os.getpid()
@@ -128,12 +112,12 @@ async def begun(stage: Stage, files: Files, *, beside: bool) -> Reload:
     old.started(caller.id)
     old.answer(caller.id, 1, 2)
     stage.transcode_gate.clear()
-    reload = Reload(stage, files, caller)
+    reload = Copied(stage, files, caller)
     await stage.settle()
     return reload
 
 
-async def halted_beside(phase: str, stage: Stage, files: Files) -> Reload:
+async def halted_beside(phase: str, stage: Stage, files: Files) -> Copied:
     reload = await begun(stage, files, beside=True)
     assert not reload.old.of_kind(CopyAhead)
     reload.new.load()
@@ -159,7 +143,7 @@ async def halted_beside(phase: str, stage: Stage, files: Files) -> Reload:
     return reload
 
 
-async def halted_in_order(phase: str, stage: Stage, files: Files) -> Reload:
+async def halted_in_order(phase: str, stage: Stage, files: Files) -> Copied:
     reload = await begun(stage, files, beside=False)
     assert reload.phase is Phase.DRAINING
     assert reload.old.of_kind(CopyAhead)
@@ -190,6 +174,15 @@ async def halted_in_order(phase: str, stage: Stage, files: Files) -> Reload:
 
 def on_stage() -> Stage:
     return Stage(drain_timeout=0.0, carry_bytes=2**20)
+
+
+async def ended(stage: Stage, files: Files) -> None:
+    """The end of a story in which somebody died: soon nobody holds a file."""
+    files.close()
+    await stage.settle()
+    await asyncio.sleep(0.05)
+    assert files.n_held() == 0
+    await stage.end()
 
 
 def test_beside_the_old_worker_only_the_rest_is_taken_in_the_pause(files: Files) -> None:
@@ -251,11 +244,7 @@ def test_whoever_dies_beside_the_other_nothing_is_lost_or_left(
             assert first[0] is TakeIn
         await reload.finish()
         assert len(reload.old.of_kind(CopyAhead)) == 1
-        files.close()
-        await stage.settle()
-        await asyncio.sleep(0.05)
-        assert files.n_held() == 0
-        await stage.end()
+        await ended(stage, files)
 
     play(story)
 
@@ -275,11 +264,7 @@ def test_a_worker_that_dies_before_its_next_one_is_there_loses_nothing(
         if stage.supervisor.status().phase is Phase.IDLE:
             await stage.pass_time(10)
         await reload.finish() if phase != "loading" else await rolled_back(reload)
-        files.close()
-        await stage.settle()
-        await asyncio.sleep(0.05)
-        assert files.n_held() == 0
-        await stage.end()
+        await ended(stage, files)
 
     play(story)
 

@@ -9,11 +9,10 @@ from kvserve.core.lifecycle import Phase
 from kvserve.errors import NotReady
 from kvserve.ipc.messages import CarryReport, ExportedState, LoadFailed, Paused, TakeIn, TakenIn
 from tests.supervisor.stage import (
-    Caller,
-    FakeWorker,
     Generate,
     Load,
     Pause,
+    Reload,
     Shutdown,
     Stage,
     play,
@@ -22,20 +21,7 @@ from tests.supervisor.stage import (
 PHASES = ("spawning", "loading", "draining", "handover")
 
 
-class Reload:
-    """A reload to 32768 tokens of a worker that answers one request, halted in a phase."""
-
-    def __init__(self, stage: Stage, old: FakeWorker, caller: Caller, answer: asyncio.Task) -> None:  # type: ignore[type-arg]
-        self.stage, self.old, self.caller, self.answer = stage, old, caller, answer
-
-    @property
-    def new(self) -> FakeWorker:
-        return self.stage.workers[1]
-
-    @property
-    def phase(self) -> Phase:
-        return self.stage.supervisor.status().phase
-
+class Overlapped(Reload):
     async def finish(self) -> None:
         """Whatever is left to do by whichever worker is the last."""
         stage = self.stage
@@ -45,18 +31,10 @@ class Reload:
             await stage.settle()
             self.old.die()
             await stage.settle()
-        if self.phase is Phase.LOADING:
-            stage.worker.load()
-            await stage.settle()
-        if self.phase is Phase.HANDOVER:
-            stage.worker.say(TakenIn())
-            await stage.settle()
-        assert self.phase is Phase.SERVING
-        stage.worker.answer(self.caller.id, 3, done=True)
-        await stage.settle()
+        await self.answered_by_the_last()
 
 
-async def halted(phase: str, stage: Stage) -> Reload:
+async def halted(phase: str, stage: Stage) -> Overlapped:
     stage.planner.beside = 2**30
     old = await stage.serving()
     old.pauses = False
@@ -67,7 +45,7 @@ async def halted(phase: str, stage: Stage) -> Reload:
         stage.gate.clear()
     answer = asyncio.create_task(stage.supervisor.change_context(32768))
     await stage.settle()
-    reload = Reload(stage, old, caller, answer)
+    reload = Overlapped(stage, old, caller, answer)
     assert reload.phase is Phase.OVERLAPPING
     if phase in ("draining", "handover"):
         reload.new.load()

@@ -211,21 +211,6 @@ def test_a_call_of_llama_is_told_by_its_name(begun: str, allows: set[str] | None
     assert allowed(again) == allowed(made)
 
 
-def test_what_comes_with_a_name_in_one_token_counts() -> None:
-    pieces = {0: b'{"name": "no', 1: b'w",', 2: b'w"}'}
-    lark = CallGrammars(LLAMA3, {"now": EMPTY}, True, mark).after_trigger()
-    for last, active in ((1, True), (2, False)):
-        made = CallConstraint(
-            compiler().starter(Grammar("lark", lark), param="tools"),
-            watch=CallWatch(LLAMA3, ["now"]),
-            piece=pieces.__getitem__,
-            tokens_of=lambda text: list(text.encode()),
-            strict=False,
-            resume=(0, last),
-        )
-        assert (allowed(made) == {" "}) is active
-
-
 def test_a_function_may_be_named_before_its_channel() -> None:
     made = constraints().make(tools(now=EMPTY), HARMONY, None, ())
     feed(made, " to=functions.now<|channel|>commentary json<|message|>{}")
@@ -245,19 +230,27 @@ def test_one_call_at_most() -> None:
     assert made.complete
 
 
-def test_what_follows_the_trigger_in_its_token_counts() -> None:
-    lark = CallGrammars(HERMES, {"now": EMPTY}, True, mark).after_trigger()
-    pieces = {0: b"<tool_", 1: b'call>\n{"', 2: b"call> is"}
+@pytest.mark.parametrize(
+    ("calls", "pieces", "expected"),
+    [
+        (HERMES, {0: b"<tool_", 1: b'call>\n{"', 2: b"call> is"}, {"n"}),
+        (LLAMA3, {0: b'{"name": "no', 1: b'w",', 2: b'w"}'}, {" "}),
+    ],
+)
+def test_what_follows_the_beginning_of_a_call_in_its_token_counts(
+    calls: Form, pieces: dict[int, bytes], expected: set[str]
+) -> None:
+    lark = CallGrammars(calls, {"now": EMPTY}, True, mark).after_trigger()
     for last, active in ((1, True), (2, False)):
         made = CallConstraint(
             compiler().starter(Grammar("lark", lark), param="tools"),
-            watch=CallWatch(HERMES, ["now"]),
+            watch=CallWatch(calls, ["now"]),
             piece=pieces.__getitem__,
             tokens_of=lambda text: list(text.encode()),
             strict=False,
             resume=(0, last),
         )
-        assert (allowed(made) == {"n"}) is active
+        assert (allowed(made) == expected) is active
 
 
 def test_a_schema_that_cannot_be_followed_matters_where_it_must_be() -> None:

@@ -123,7 +123,7 @@ def test_a_resumed_generation_goes_on_with_its_seed(fields: dict[str, float]) ->
     )
     for seed in range(60):
         tokens += (whole.sample(some_row(seed)),)
-        generation.accept(tokens[-1], b"x", ends=False)
+        generation.take(tokens[-1])
     for n in (1, 30, 59):
         assert sampler(tokens[:n], **fields).sample(some_row(n)) == tokens[n]
 

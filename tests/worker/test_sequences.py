@@ -20,10 +20,13 @@ def start(**limits: object) -> Generation:
     return Generation(PROMPT, Limits(**({"max_tokens": 10} | limits)))
 
 
+def accept(generation: Generation, token: int, piece: bytes) -> str:
+    generation.take(token)
+    return generation.read(generation.n_tokens - 1, piece, ends=token == EOS)
+
+
 def feed(generation: Generation, *tokens: int) -> list[str]:
-    return [
-        generation.accept(token, PIECES.get(token, b"?"), ends=token == EOS) for token in tokens
-    ]
+    return [accept(generation, token, PIECES.get(token, b"?")) for token in tokens]
 
 
 @given(st.text(), st.lists(st.integers(0, 10_000), max_size=20))
@@ -121,7 +124,7 @@ def test_resumed_tokens_that_already_end_the_answer_give_the_late_text() -> None
 def test_a_replay_that_a_smaller_limit_ends_repeats_nothing() -> None:
     pieces = {1: b"Hello", 2: b" wor", 3: b"ld"}
     told = Generation(np.array([7], dtype=np.int32), Limits(max_tokens=10, stop=("ldx",)))
-    shown = "".join(told.accept(token, pieces[token], ends=False) for token in (1, 2, 3))
+    shown = "".join(accept(told, token, pieces[token]) for token in (1, 2, 3))
     assert shown == "Hello wor"
     again = Generation(np.array([7], dtype=np.int32), Limits(max_tokens=3, stop=("ldx",)))
     late = again.replay((1, 2, 3), pieces.__getitem__, lambda _token: False)
@@ -134,7 +137,7 @@ def write(generation: Generation, text: str) -> str:
     shown = ""
     for byte in text.encode():
         if generation.finish is None:
-            shown += generation.accept(byte, bytes([byte]), ends=False)
+            shown += accept(generation, byte, bytes([byte]))
     return shown + ("" if generation.finish is not None else generation.end())
 
 
