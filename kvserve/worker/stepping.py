@@ -137,7 +137,7 @@ class Stepper:
             job = self._jobs[wish.id]
             if not job.goes_on or job.generation.n_tokens >= n_ctx:
                 return False
-            if foreseen and foreseen.get(wish.id, (None,))[0] == token:
+            if foreseen.get(wish.id, ())[:1] == (token,):
                 return False
         return True
 

@@ -150,3 +150,10 @@ def test_repeated_steps_answer_as_planned_ones_do(
     assert sum(repeats) > 20
     assert repeated.outcome == planned.outcome
     assert 11 <= len(repeated.tokens[0]) <= 13, "a cancelled request ends within a step or two"
+
+
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+def test_a_draft_of_nothing_is_none(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = run(context, speculates=False, cancels={})
+    monkeypatch.setattr(Speculator, "propose", lambda self, asks: {ask.id: () for ask in asks})
+    assert run(context, speculates=True, cancels={}).outcome == planned.outcome
