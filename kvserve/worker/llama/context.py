@@ -66,6 +66,8 @@ class Context:
         if memory is None:
             raise LoadError("the model keeps no KV cache: it makes embeddings, not text")
         self._memory = memory
+        self._logits: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+        self._logits_at = (0, 0)
         self.n_ctx: int = ll.llama_n_ctx(self.raw)
         self.n_batch: int = ll.llama_n_batch(self.raw)
         self.n_ubatch: int = ll.llama_n_ubatch(self.raw)
@@ -100,12 +102,14 @@ class Context:
         Writable: samplers read what is left there. Valid until the next decode.
         """
         first = ll.llama_get_logits(self.raw)
-        address = ctypes.cast(first, ctypes.c_void_p).value
-        if address is None:
+        if not first:
             raise DecodeError("the decode left no logits")
-        rows = (ctypes.c_float * self.vocab.n_tokens * n_outputs).from_address(address)
-        view: NDArray[np.float32] = np.ctypeslib.as_array(rows)
-        return view
+        address = ctypes.addressof(first.contents)
+        # Made once for all steps with as many rows: the buffer stays where it is.
+        if (address, n_outputs) != self._logits_at:
+            rows = (ctypes.c_float * self.vocab.n_tokens * n_outputs).from_address(address)
+            self._logits, self._logits_at = np.ctypeslib.as_array(rows), (address, n_outputs)
+        return self._logits
 
     @property
     def model_identity(self) -> str:
