@@ -69,6 +69,7 @@ RUN set -eu; \
     done
 
 COPY pyproject.toml README.md LICENSE /build/
+COPY scripts/build_compiled.py /build/scripts/
 COPY kvserve /build/kvserve
 # pip itself has nothing to do in the image, nor have NumPy's tests.
 RUN /opt/kvserve/bin/python -m pip install --no-cache-dir --constraint /build/constraints.txt \

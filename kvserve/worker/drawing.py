@@ -61,6 +61,7 @@ class Round:
                 plain.append(settings)
         self.settings = Settings.of(plain)
         self.index = np.array([wishes[place].first for place in self.together], dtype=np.intp)
+        self.compiled = together.compiled_draws(self.index, self.settings)
         self.edited: list[Wish] = []
         banned = []
         for place in self.together:
@@ -75,10 +76,12 @@ class Round:
 
 
 class Drawer:
-    """Draws with `n_threads` threads, the caller's among them; `piece` gives a token's bytes."""
+    """Draws with `n_threads` threads, the caller's among them; `piece` gives a token's bytes.
+    Machine code has `n_compiled` of its own, which OpenMP keeps."""
 
-    def __init__(self, n_threads: int, piece: Callable[[int], bytes]) -> None:
+    def __init__(self, n_threads: int, piece: Callable[[int], bytes], n_compiled: int = 1) -> None:
         self._piece = piece
+        self._n_compiled = n_compiled
         self._team = Team(n_threads, "draw")
 
     def draw(self, logits: Rows, todo: Round) -> list[Drawn]:
@@ -104,6 +107,21 @@ class Drawer:
             self._share(
                 lambda start, end: _edit(logits, todo.edited[start:end]), len(todo.edited), _FEWEST
             )
+        numbers = [todo.wishes[place].sampler.number() for place in todo.together]
+        if todo.compiled is not None:
+            tokens = todo.compiled(logits, numbers, self._n_compiled)
+        else:
+            tokens = self._draw_with_numpy(logits, todo, numbers)
+        unfinished = []
+        for place, number, token in zip(todo.together, numbers, tokens, strict=True):
+            wish = todo.wishes[place]
+            took = wish.sampler.settle(logits[wish.first], number, token)
+            drawn[place].append((took, None))
+            if wish.accept(took) and wish.draft and took == wish.draft[0]:
+                unfinished.append(place)
+        return unfinished
+
+    def _draw_with_numpy(self, logits: Rows, todo: Round, numbers: list[float]) -> list[int]:
         parts: dict[int, Candidates] = {}
 
         def find(start: int, end: int) -> None:
@@ -111,18 +129,10 @@ class Drawer:
             parts[start] = together.candidates(logits, index, top_k)
 
         self._share(find, len(todo.together), _FEWEST_TOGETHER)
-        numbers = [todo.wishes[place].sampler.number() for place in todo.together]
         starts = sorted(parts)
         found = together.joined([parts[start] for start in starts], starts)
-        tokens = together.draw(found, todo.settings, np.array(numbers))
-        unfinished = []
-        for place, number, token in zip(todo.together, numbers, tokens.tolist(), strict=True):
-            wish = todo.wishes[place]
-            took = wish.sampler.settle(logits[wish.first], number, token)
-            drawn[place].append((took, None))
-            if wish.accept(took) and wish.draft and took == wish.draft[0]:
-                unfinished.append(place)
-        return unfinished
+        tokens: list[int] = together.draw(found, todo.settings, np.array(numbers)).tolist()
+        return tokens
 
     def _draw_alone(self, logits: Rows, wish: Wish, drawn: Drawn) -> None:
         """Draw what is left to draw of a wish."""

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 
 from kvserve.ipc.messages import Sampling
+from kvserve.worker import compiled
 from kvserve.worker.drawing import Drawer, Round, Wish
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.sequences import Generation, Limits
 
 NONE = np.empty(0, dtype=np.int64)
+
+
+@pytest.fixture(params=["machine code", "NumPy"])
+def _means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "NumPy":
+        monkeypatch.setattr(compiled, "AVAILABLE", False)
 
 
 @dataclass
@@ -121,11 +128,12 @@ MIXED = (
 )
 
 
+@pytest.mark.usefixtures("_means")
 @pytest.mark.parametrize("n_vocab", [100, 2000, 70_001])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_token_hangs_on_its_own_row_alone(n_vocab: int, n_threads: int) -> None:
     """Drawn in a crowd, in another order and alone, over several steps."""
-    drawer = Drawer(n_threads, lambda token: b"x")
+    drawer = Drawer(n_threads, lambda token: b"x", n_threads)
     crowd = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
     shuffled = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
     lone = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
@@ -143,6 +151,7 @@ def test_a_token_hangs_on_its_own_row_alone(n_vocab: int, n_threads: int) -> Non
             shuffled[i].sample(rows[i].copy())
 
 
+@pytest.mark.usefixtures("_means")
 @pytest.mark.parametrize("value", [-np.inf, np.nan, 0.0, -1e9])
 def test_a_row_without_a_choice_does_not_spoil_its_neighbours(value: float) -> None:
     rows = some_rows(4, 5000)

@@ -79,6 +79,12 @@ class Context:
         """Whether `submit` returns before the batch is computed, as it does on a GPU."""
         return self.model.on_gpu and bool(ll.llama_supports_gpu_offload())
 
+    @property
+    def n_threads(self) -> int:
+        """CPU threads that a decode of single tokens may use."""
+        n_threads: int = ll.llama_n_threads(self.raw)
+        return n_threads
+
     def decode(self, batch: Batch) -> None:
         """Compute a batch; returns when it is done. Raises CacheFull or DecodeError."""
         self.submit(batch)
