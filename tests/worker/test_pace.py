@@ -1,5 +1,7 @@
 """How long steps become on machines of known speed, while prompts come in beside streams."""
 
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,3 +145,38 @@ def test_follows_the_machine() -> None:
     for _ in range(50):
         pace.observe(n_prefilled=512, n_tokens=512, seconds=0.01)
     assert pace.limit(n_decoding=1) == 2048
+
+
+def test_steps_that_take_longer_now_and_then_stay_short_too() -> None:
+    """As each 256th cell makes CUDA capture its graph anew."""
+    n_cells = 0
+
+    def step(n_prefill: int) -> float:
+        nonlocal n_cells
+        before = n_cells // 256
+        n_cells += 4 + n_prefill
+        return gpu(4, n_prefill) + 0.004 * (n_cells // 256 > before)
+
+    pace = warm(MACHINES[0], 4)
+    steps, chunks = [], []
+    while sum(chunks) < 16_384:
+        chunks.append(pace.limit(4))
+        steps.append(step(chunks[-1]))
+        pace.observe(chunks[-1], chunks[-1] + 4, steps[-1])
+    idle = gpu(4, 0)
+    assert sorted(steps)[-len(steps) // 50] < 3 * idle
+    assert max(steps) < 3.4 * idle, "before it knows them"
+    assert sum(steps) < 5.5 * 16_384 / N_BATCH * gpu(0, N_BATCH)
+
+
+def test_batches_stay_of_the_same_size() -> None:
+    """Where the steps' times scatter a little, and grow."""
+    pace = warm(MACHINES[0], 4)
+    scatter = random.Random(3)
+    chunks = []
+    for n in range(300):
+        chunks.append(pace.limit(4))
+        seconds = gpu(4, chunks[-1]) * scatter.uniform(0.97, 1.03) * (1 + n / 1000)
+        pace.observe(chunks[-1], chunks[-1] + 4, seconds)
+    repeats = sum(one == other for one, other in itertools.pairwise(chunks))
+    assert repeats > 0.7 * len(chunks)
