@@ -1,7 +1,9 @@
 """Bench results as a table for a terminal or a Markdown page, and as an SVG plot. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
+from xml.sax.saxutils import escape
 
 from kvserve.bench.load import Result
 
@@ -11,8 +13,9 @@ Series = Mapping[str, Sequence[Result]]
 Measured = TypeVar("Measured")
 
 OURS = "kvserve"
-_WIDTH, _HEIGHT, _MARGIN = 640, 360, 48
+_WIDTH, _HEIGHT, _MARGIN = 640, 360, 56
 _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8d6a9f", "#b8860b")
+_DASHES = ("", ' stroke-dasharray="6 4"')
 
 
 def rivals(series: Mapping[str, Sequence[Measured]]) -> list[Measured]:
@@ -51,39 +54,52 @@ def plot(series: Series) -> str:
     """Throughput over streams as SVG: one line for each server, both axes from zero."""
     streams = sorted({r.load.streams for results in series.values() for r in results})
     top = max(r.tokens_per_second for results in series.values() for r in results)
-    step = (_WIDTH - 2 * _MARGIN) / max(1, len(streams) - 1)
+    tick = _tick(top)
+    highest = tick * math.ceil(top / tick)
+    left, right, bottom, ceiling = _MARGIN, _WIDTH - 24, _HEIGHT - _MARGIN, 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_MARGIN}" y="20">tokens/s by number of streams</text>',
+        f'<text x="{(left + right) / 2:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">streams</text>',
     ]
-    bottom = _HEIGHT - _MARGIN
 
     def x(count: int) -> float:
-        return _MARGIN + step * streams.index(count)
+        return left + (right - left) * streams.index(count) / max(1, len(streams) - 1)
 
     def y(tps: float) -> float:
-        return bottom - (bottom - 40) * tps / top
+        return bottom - (bottom - ceiling) * tps / highest
 
     for count in streams:
-        parts.append(f'<text x="{x(count):.0f}" y="{bottom + 18}">{count}</text>')
-    for share in (0, 0.5, 1):
-        level = y(share * top)
         parts.append(
-            f'<line x1="{_MARGIN}" x2="{_WIDTH - _MARGIN}" y1="{level:.0f}" y2="{level:.0f}" '
-            'stroke="#ddd"/>'
+            f'<text x="{x(count):.0f}" y="{bottom + 18}" text-anchor="middle">{count}</text>'
         )
-        parts.append(f'<text x="4" y="{level + 4:.0f}">{share * top:.0f}</text>')
-    for colour, (name, results) in zip(_COLOURS, series.items(), strict=False):
-        points = " ".join(f"{x(r.load.streams):.1f},{y(r.tokens_per_second):.1f}" for r in results)
+    for number in range(math.ceil(top / tick) + 1):
+        level = y(number * tick)
         parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<line x1="{left}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>'
         )
-        last = results[-1]
         parts.append(
-            f'<text x="{x(last.load.streams) - 90:.0f}" y="{y(last.tokens_per_second) - 6:.0f}" '
-            f'fill="{colour}">{name}</text>'
+            f'<text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">{number * tick:g}</text>'
         )
+    parts.append(f'<text x="{left + 12}" y="{ceiling + 16}">tokens/s</text>')
+    for place, (name, results) in enumerate(series.items()):
+        colour, line = _COLOURS[place % len(_COLOURS)], ceiling + 36 + 18 * place
+        points = [(x(r.load.streams), y(r.tokens_per_second)) for r in results]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        style = f'stroke="{colour}" stroke-width="2"{_DASHES[place // len(_COLOURS) % 2]}'
+        parts.append(f'<polyline points="{path}" fill="none" {style}/>')
+        parts += [
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points
+        ]
+        parts.append(f'<line x1="{left + 12}" x2="{left + 36}" y1="{line}" y2="{line}" {style}/>')
+        parts.append(f'<text x="{left + 42}" y="{line + 4}">{escape(name)}</text>')
     parts.append("</svg>")
     return "\n".join(parts)
+
+
+def _tick(top: float) -> float:
+    """A round number that is four to ten times in `top`."""
+    rough = max(top, 1e-6) / 4
+    unit: float = 10.0 ** math.floor(math.log10(rough))
+    return max(unit * n for n in (1, 2, 2.5, 5) if unit * n <= rough)

@@ -16,10 +16,6 @@ _FIRST = 128
 _SMOOTHING = 0.3
 _GROWTH = 2.0
 """Beside streams, the limit of one step is at most so many times that of the step before."""
-_MOST_STRETCHED = 2.9
-"""With what some steps take longer than they should, they stay within so many of the streams' own:
-on a GPU each 256th cell changes the graph, which is captured anew for about 5 ms."""
-_N_DELAYS, _FEWEST_DELAYS = 64, 8
 _STEADY, _HEADROOM = 1.2, 1.1
 """The limit stays where it is while up to so many times as much could be afforded: llama.cpp keeps
 its graph, and CUDA the captured one, while batches are of the same size."""
@@ -34,13 +30,12 @@ class Pace:
     token adds: both differ by 1,000 times between a laptop's CPU and a large GPU.
     """
 
-    __slots__ = ("_delays", "_granted", "_mixed", "_n_batch", "_seconds_per_token", "_steps")
+    __slots__ = ("_granted", "_mixed", "_n_batch", "_seconds_per_token", "_steps")
 
     def __init__(self, n_batch: int) -> None:
         self._n_batch = n_batch
         self._seconds_per_token: float | None = None
         self._steps = _StreamSteps()
-        self._delays: deque[float] = deque(maxlen=_N_DELAYS)
         self._granted = 0
         self._mixed = False
 
@@ -76,9 +71,6 @@ class Pace:
         others_s = self._steps.estimate(n_others, self._seconds_per_token) if n_others else None
         if n_prefilled < (_FEWEST_BESIDE if others_s is not None else _FEWEST):
             return
-        if others_s is not None and self._seconds_per_token is not None:
-            expected = others_s + n_prefilled * self._seconds_per_token
-            self._delays.append(seconds - expected)
         measured = seconds / n_tokens
         if others_s is not None:
             # Weights that are read anyway make a short chunk cheap: never less than half the mean.
@@ -94,14 +86,7 @@ class Pace:
         if step is None:
             return _MOST_BOUND_S
         bound = min(max(_BOUND_STEPS * step, _LEAST_BOUND_S), _MOST_BOUND_S)
-        each = min(_STRETCH * step, max((_MOST_STRETCHED - 1) * step - self._late(), step / 2))
-        return min(each * max(n_waiting, 1), max(bound, step))
-
-    def _late(self) -> float:
-        """Seconds that one mixed step in twenty takes longer than it was thought to take."""
-        if len(self._delays) < _FEWEST_DELAYS:
-            return 0.0
-        return max(sorted(self._delays)[-(len(self._delays) // 20 + 1)], 0.0)
+        return min(_STRETCH * step * max(n_waiting, 1), max(bound, step))
 
 
 class _StreamSteps:

@@ -21,7 +21,7 @@ from kvserve.ipc.messages import (
     Transcode,
     Transcoded,
 )
-from kvserve.worker import llama
+from kvserve.worker import compiled, llama
 from kvserve.worker.arriving import Incoming, incoming_for
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine, Inbox
@@ -58,6 +58,8 @@ def serve(
     log = LoadLog()
     # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
+    if not compiled.AVAILABLE:
+        print("draws.so is missing: tokens are drawn with NumPy", file=sys.stderr, flush=True)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
     begun = time.monotonic()
     try:

@@ -59,6 +59,20 @@ def test_the_ratio_is_to_the_best_rival_at_the_same_load() -> None:
     assert len(drawn.findall("{*}polyline")) == 3
 
 
+def test_the_plot_shows_every_server_and_round_numbers() -> None:
+    names = ["kvserve", *(f"llama-server --flag <{n}>" for n in range(7))]
+    series = {name: [result(1, 90 + n), result(64, 2182)] for n, name in enumerate(names)}
+    drawn = ET.fromstring(plot(series))
+    texts = [text.text for text in drawn.findall("{*}text")]
+    assert set(names) <= set(texts)
+    assert {"0", "500", "1000", "1500", "2000", "2500"} <= set(texts)
+    lines = drawn.findall("{*}polyline")
+    assert len({(one.get("stroke"), one.get("stroke-dasharray")) for one in lines}) == len(names)
+    heights = [float(point.split(",")[1]) for one in lines for point in one.get("points").split()]
+    assert 0 < min(heights)
+    assert max(heights) < float(drawn.get("viewBox").split()[3])
+
+
 class Canned(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 

@@ -147,28 +147,6 @@ def test_follows_the_machine() -> None:
     assert pace.limit(n_decoding=1) == 2048
 
 
-def test_steps_that_take_longer_now_and_then_stay_short_too() -> None:
-    """As each 256th cell makes CUDA capture its graph anew."""
-    n_cells = 0
-
-    def step(n_prefill: int) -> float:
-        nonlocal n_cells
-        before = n_cells // 256
-        n_cells += 4 + n_prefill
-        return gpu(4, n_prefill) + 0.004 * (n_cells // 256 > before)
-
-    pace = warm(MACHINES[0], 4)
-    steps, chunks = [], []
-    while sum(chunks) < 16_384:
-        chunks.append(pace.limit(4))
-        steps.append(step(chunks[-1]))
-        pace.observe(chunks[-1], chunks[-1] + 4, steps[-1])
-    idle = gpu(4, 0)
-    assert sorted(steps)[-len(steps) // 50] < 3 * idle
-    assert max(steps) < 3.4 * idle, "before it knows them"
-    assert sum(steps) < 5.5 * 16_384 / N_BATCH * gpu(0, N_BATCH)
-
-
 def test_batches_stay_of_the_same_size() -> None:
     """Where the steps' times scatter a little, and grow."""
     pace = warm(MACHINES[0], 4)
