@@ -19,6 +19,9 @@ _GROWTH = 2.0
 _STEADY, _HEADROOM = 1.2, 1.1
 """The limit stays where it is while up to so many times as much could be afforded: llama.cpp keeps
 its graph, and CUDA the captured one, while batches are of the same size."""
+_ROWS = 4
+"""llama.cpp multiplies so many rows at a time with weights that it repacked for a CPU, and the rest
+one by one: 8 streams and 12 prompt tokens take less time than 8 and 11."""
 _N_STEPS = 9
 
 
@@ -47,15 +50,18 @@ class Pace:
         if self._seconds_per_token is None:
             return min(_FIRST, self._n_batch)
         if not n_decoding:
-            affordable = int(_ALONE_S / self._seconds_per_token)
-            return max(min(affordable, self._n_batch), min(_FEWEST, self._n_batch))
+            return self._whole(0, max(int(_ALONE_S / self._seconds_per_token), _FEWEST))
         affordable = int(self._seconds_beside(n_decoding, n_waiting) / self._seconds_per_token)
         if self._mixed:
             if self._granted <= affordable < _STEADY * self._granted:
-                return self._granted
+                return self._whole(n_decoding, self._granted)
             affordable = min(int(affordable / _HEADROOM), int(_GROWTH * self._granted) + 1)
-        self._granted = max(min(affordable, self._n_batch), min(_FEWEST_BESIDE, self._n_batch))
-        return self._granted
+        self._granted = min(max(affordable, _FEWEST_BESIDE), self._n_batch)
+        return self._whole(n_decoding, self._granted)
+
+    def _whole(self, n_decoding: int, n_prefill: int) -> int:
+        """So many prompt tokens or a few more, that no row of the batch is left over."""
+        return min(n_prefill + -(n_decoding + n_prefill) % _ROWS, self._n_batch)
 
     def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
         """Learn from a step of `n_tokens`, of which `n_prefilled` were prompt tokens.

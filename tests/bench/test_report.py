@@ -69,7 +69,7 @@ def test_the_plot_shows_every_server_and_round_numbers() -> None:
     lines = drawn.findall("{*}polyline")
     assert len({(one.get("stroke"), one.get("stroke-dasharray")) for one in lines}) == len(names)
     heights = [float(point.split(",")[1]) for one in lines for point in one.get("points").split()]
-    assert 0 < min(heights)
+    assert min(heights) > 0
     assert max(heights) < float(drawn.get("viewBox").split()[3])
 
 

@@ -123,6 +123,16 @@ def test_a_short_rest_of_a_prompt_does_not_make_the_next_one_begin_slowly() -> N
     assert pace.limit(2) >= n
 
 
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_no_row_of_a_batch_is_left_over(machine: Machine) -> None:
+    for n_decoding in range(1, 12):
+        pace = warm(machine, n_decoding)
+        for _ in range(30):
+            n = pace.limit(n_decoding)
+            assert n == N_BATCH or (n + n_decoding) % 4 == 0
+            pace.observe(n, n + n_decoding, machine.seconds(n_decoding, n))
+
+
 def test_one_slow_step_is_forgotten() -> None:
     pace = warm(MACHINES[1], 2)
     before = pace.limit(2)
@@ -134,13 +144,13 @@ def test_follows_the_machine() -> None:
     pace = Pace(n_batch=2048)
     assert pace.limit(0) == 128
     pace.observe(n_prefilled=128, n_tokens=128, seconds=0.128)
-    assert pace.limit(n_decoding=1) == 150
+    assert pace.limit(n_decoding=1) == 151
     assert pace.limit(n_decoding=0) == 1000
     pace.observe(n_prefilled=3, n_tokens=3, seconds=9.0)
     assert pace.limit(n_decoding=0) == 1000
     for _ in range(50):
         pace.observe(n_prefilled=512, n_tokens=512, seconds=60.0)
-    assert pace.limit(n_decoding=1) == 8
+    assert pace.limit(n_decoding=1) == 11
     assert pace.limit(n_decoding=0) == 32
     for _ in range(50):
         pace.observe(n_prefilled=512, n_tokens=512, seconds=0.01)
