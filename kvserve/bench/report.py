@@ -51,11 +51,12 @@ def _ratio(series: Series, name: str, result: Result) -> str:
 
 
 def plot(series: Series) -> str:
-    """Throughput over streams as SVG: one line for each server, both axes from zero."""
+    """Throughput over streams as SVG: one line for each server, from zero."""
     streams = sorted({r.load.streams for results in series.values() for r in results})
     top = max(r.tokens_per_second for results in series.values() for r in results)
     tick = _tick(top)
-    highest = tick * math.ceil(top / tick)
+    n_ticks = max(1, math.ceil(top / tick))
+    highest = n_ticks * tick
     left, right, bottom, ceiling = _MARGIN, _WIDTH - 24, _HEIGHT - _MARGIN, 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
@@ -74,7 +75,7 @@ def plot(series: Series) -> str:
         parts.append(
             f'<text x="{x(count):.0f}" y="{bottom + 18}" text-anchor="middle">{count}</text>'
         )
-    for number in range(math.ceil(top / tick) + 1):
+    for number in range(n_ticks + 1):
         level = y(number * tick)
         parts.append(
             f'<line x1="{left}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>'
@@ -99,7 +100,7 @@ def plot(series: Series) -> str:
 
 
 def _tick(top: float) -> float:
-    """A round number that is four to ten times in `top`."""
+    """A round number that is four to eight times in `top`."""
     rough = max(top, 1e-6) / 4
     unit: float = 10.0 ** math.floor(math.log10(rough))
-    return max(unit * n for n in (1, 2, 2.5, 5) if unit * n <= rough)
+    return max((unit * n for n in (1, 2, 2.5, 5) if unit * n <= rough), default=unit)

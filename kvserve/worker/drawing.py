@@ -77,11 +77,11 @@ class Round:
 
 class Drawer:
     """Draws with `n_threads` threads, the caller's among them; `piece` gives a token's bytes.
-    Machine code has `n_compiled` of its own, which OpenMP keeps."""
+    Machine code has `n_openmp` of its own."""
 
-    def __init__(self, n_threads: int, piece: Callable[[int], bytes], n_compiled: int = 1) -> None:
+    def __init__(self, n_threads: int, piece: Callable[[int], bytes], n_openmp: int = 1) -> None:
         self._piece = piece
-        self._n_compiled = n_compiled
+        self._n_openmp = n_openmp
         self._team = Team(n_threads, "draw")
 
     def draw(self, logits: Rows, todo: Round) -> list[Drawn]:
@@ -109,7 +109,7 @@ class Drawer:
             )
         numbers = [todo.wishes[place].sampler.number() for place in todo.together]
         if todo.compiled is not None:
-            tokens = todo.compiled(logits, numbers, self._n_compiled)
+            tokens = todo.compiled(logits, numbers, self._n_openmp)
         else:
             tokens = self._draw_with_numpy(logits, todo, numbers)
         unfinished = []

@@ -40,7 +40,7 @@ from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.stepping import Stepper
 
 _MOST_SAMPLING_THREADS = 4
-_MOST_COMPILED_THREADS = 8
+_MOST_OPENMP_THREADS = 8
 
 Inbox = queue.SimpleQueue[ToWorker | Prepared | Refused]
 
@@ -76,13 +76,14 @@ class Engine:
             stores=cold_bytes > 0 and context.state_layout is not None,
         )
         n_threads = min(len(os.sched_getaffinity(0)), n_slots, _MOST_SAMPLING_THREADS)
-        n_compiled = context.n_threads
-        if context.asynchronous:
-            n_compiled = min(n_compiled, _MOST_COMPILED_THREADS)
+        # Where llama.cpp computes on the CPU too, as many threads as it has: OpenMP ends those that
+        # the next team does not need, and has to start them again.
+        n_openmp = context.n_threads
+        if context.model.wholly_on_gpu:
+            n_openmp = min(n_openmp, _MOST_OPENMP_THREADS)
         self._executor = Executor(
             context,
-            # On a CPU the team of a decode: OpenMP ends threads where the next team is smaller.
-            Drawer(n_threads, context.vocab.piece, n_compiled),
+            Drawer(n_threads, context.vocab.piece, n_openmp),
             store=lambda operation: cold.keep(operation),  # noqa: PLW0108 - not there yet
         )
         cold = ColdTier(context, self._cache, cold_bytes, self._executor.change_memory)

@@ -6,7 +6,8 @@ from statistics import median_low
 _ALONE_S = 1.0
 _STRETCH = 1.6
 """Beside streams, one waiting prompt may take so many times as long as the streams' own step: with
-it the gap between two of their tokens stays below three times what it is without a prompt."""
+it the gap between two of their tokens stays below three times what it is without a prompt, where
+nothing else holds a step up."""
 _LEAST_BOUND_S, _MOST_BOUND_S = 0.05, 0.15
 _BOUND_STEPS = 4
 """Where several wait, their prompts may take so many of the streams' steps, within those bounds."""
@@ -60,7 +61,7 @@ class Pace:
         return self._whole(n_decoding, self._granted)
 
     def _whole(self, n_decoding: int, n_prefill: int) -> int:
-        """So many prompt tokens or a few more, that no row of the batch is left over."""
+        """So many prompt tokens or a few more: no row of a batch without drafts is left over."""
         return min(n_prefill + -(n_decoding + n_prefill) % _ROWS, self._n_batch)
 
     def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:

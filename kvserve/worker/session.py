@@ -59,7 +59,7 @@ def serve(
     # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
     if not compiled.AVAILABLE:
-        print("draws.so is missing: tokens are drawn with NumPy", file=sys.stderr, flush=True)
+        print(f"drawing tokens with NumPy: {compiled.MISSING}", file=sys.stderr, flush=True)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
     begun = time.monotonic()
     try:

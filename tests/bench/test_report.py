@@ -73,6 +73,13 @@ def test_the_plot_shows_every_server_and_round_numbers() -> None:
     assert max(heights) < float(drawn.get("viewBox").split()[3])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 399.99999999999994, 3999.9999999999995, 1e7])
+def test_any_rates_can_be_drawn(rate: float) -> None:
+    drawn = ET.fromstring(plot({"kvserve": [result(1, rate)]}))
+    [point] = drawn.findall("{*}circle")
+    assert 0 < float(point.get("cy")) < float(drawn.get("viewBox").split()[3])
+
+
 class Canned(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 

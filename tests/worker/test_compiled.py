@@ -109,6 +109,50 @@ def test_the_best_wherever_it_stands(n_vocab: int) -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize(("begin", "end", "others"), [(1024, 3072, -9.0), (5000, 6110, -np.inf)])
+def test_the_likeliest_side_by_side(begin: int, end: int, others: float) -> None:
+    """In fewer columns than there are of them, as under a grammar."""
+    row = np.full((1, 128_256), others, dtype=np.float32)
+    row[0, begin:end] = np.random.default_rng(2).permutation(end - begin) / np.float32(500)
+    index, chosen = np.array([0]), Settings.of([Plain(40, 0.95, -np.inf, 1.0)])
+    quick = together.compiled_draws(index, chosen)
+    assert quick is not None
+    for number in np.linspace(0, 0.999, 25).tolist():
+        drawn = quick(row, [number], 1)
+        assert drawn == with_numpy(row, index, chosen, [number])
+        assert drawn != [-1]
+
+
+@needs_compiled
+def test_what_would_be_read_beyond_the_rows_is_refused() -> None:
+    rows, chosen = rows_of(1, 3, 2000, None, 0), Settings.of([Plain(9, 1.0, -np.inf, 1.0)] * 2)
+    quick = together.compiled_draws(np.array([0, 3]), chosen)
+    assert quick is not None
+    with pytest.raises(ValueError, match="too few"):
+        quick(rows, [0.1, 0.2], 1)
+    with pytest.raises(ValueError, match="too few"):
+        quick(np.vstack((rows, rows)), [0.1], 1)
+
+
+@needs_compiled
+def test_a_library_of_another_source_is_not_called(build: types.ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "draws.c"
+    source.write_bytes(SOURCE.read_bytes())
+    with pytest.raises(OSError, match=r"draws\.so"):
+        compiled.load(source)
+    assert build.compile_library(source, source.with_suffix(".so")) is None
+    assert compiled.load(source) is not None
+    source.write_text(source.read_text() + "/* newer */\n")
+    with pytest.raises(OSError, match=r"made of another draws\.c"):
+        compiled.load(source)
+    other = tmp_path / "else.c"
+    other.write_text("int answer = 42;\n")
+    assert build.compile_library(other, other.with_suffix(".so")) is None
+    with pytest.raises(OSError, match="something else"):
+        compiled.load(other)
+
+
+@needs_compiled
 def test_rows_that_leave_no_choice() -> None:
     rows = np.zeros((6, 3000), dtype=np.float32)
     rows[0], rows[1], rows[2], rows[3] = -np.inf, np.nan, -1e9, np.nan

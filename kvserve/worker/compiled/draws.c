@@ -2,7 +2,8 @@
 
    A row is cut into chunks, and each chunk folded into a few columns. Where the maxima of k columns
    are at least x, at least k logits are at least x: only those columns are read again. Rows are
-   shared out to threads, of the team that llama.cpp computes with on a CPU. */
+   shared out to threads; with one OpenMP library for both these are the ones that llama.cpp
+   computes with on a CPU. */
 
 #include <math.h>
 #include <stdint.h>
@@ -12,7 +13,7 @@ enum {
     CHUNK = 256,
     LANES = 32, /* wide enough for any vector registers */
     COLUMNS = 4,
-    MOST = 1024, /* candidates: of a row with more that equal its k-th largest, none is drawn */
+    MOST = 1024, /* candidates, as together.py has: with more that equal the k-th, none is drawn */
     FEWEST_ROWS = 3, /* below which waking a thread takes longer than a row */
     NONE = -1,
 };
@@ -22,6 +23,12 @@ enum {
 #else
 #define ALSO_FOR_NEWER_PROCESSORS
 #endif
+
+/* Of which source this was made: another one's arguments may be others. */
+#ifndef KVSERVE_SOURCE
+#define KVSERVE_SOURCE "unknown"
+#endif
+const char kvserve_source[] = KVSERVE_SOURCE;
 
 struct settings {
     int64_t top_k;
@@ -91,6 +98,19 @@ static int add(const float *row, int64_t first, int64_t end, int64_t step, float
     return 1;
 }
 
+/* Adds all of a row that are at least `least`; 0 where there are none, or too many. */
+static int add_reaching(const float *row, int64_t n_vocab, const float *maxima, float least,
+                        struct candidates *found) {
+    int64_t n_chunks = n_vocab / CHUNK;
+    found->n = 0;
+    for (int64_t column = 0; column < n_chunks * COLUMNS; column++) {
+        if (maxima[column] < least) continue;
+        int64_t begin = column / COLUMNS * CHUNK;
+        if (!add(row, begin + column % COLUMNS, begin + CHUNK, COLUMNS, least, found)) return 0;
+    }
+    return add(row, n_chunks * CHUNK, n_vocab, 1, least, found) && found->n > 0;
+}
+
 /* The k likeliest tokens of a row and some more, in the vocabulary's order; 0 after a failure. */
 static int find(const float *row, int64_t n_vocab, int64_t k, float least,
                 struct candidates *found) {
@@ -99,22 +119,22 @@ static int find(const float *row, int64_t n_vocab, int64_t k, float least,
     if (maxima == NULL) return 0;
     float *heap = maxima + n_columns;
     fold(row, n_chunks, maxima);
-    for (int64_t i = 0; i < k; i++) heap[i] = -INFINITY;
-    /* What follows the last chunk is in no column. */
-    int64_t n_single = 2 * k <= n_columns ? n_vocab - n_chunks * CHUNK : n_vocab;
-    if (n_single < n_vocab) keep_largest(heap, k, maxima, n_columns);
-    keep_largest(heap, k, row + n_vocab - n_single, n_single);
-    least = larger(heap[0], least);
-    found->n = 0;
-    int fits = 1;
-    for (int64_t column = 0; fits && column < n_columns; column++) {
-        if (maxima[column] < least) continue;
-        int64_t begin = column / COLUMNS * CHUNK;
-        fits = add(row, begin + column % COLUMNS, begin + CHUNK, COLUMNS, least, found);
+    int fits = 0;
+    if (2 * k <= n_columns) {
+        for (int64_t i = 0; i < k; i++) heap[i] = -INFINITY;
+        keep_largest(heap, k, maxima, n_columns);
+        /* What follows the last chunk is in no column. */
+        keep_largest(heap, k, row + n_chunks * CHUNK, n_vocab - n_chunks * CHUNK);
+        fits = add_reaching(row, n_vocab, maxima, larger(heap[0], least), found);
     }
-    fits = fits && add(row, n_chunks * CHUNK, n_vocab, 1, least, found);
+    /* The likeliest may stand side by side, in fewer than k columns. */
+    if (!fits) {
+        for (int64_t i = 0; i < k; i++) heap[i] = -INFINITY;
+        keep_largest(heap, k, row, n_vocab);
+        fits = add_reaching(row, n_vocab, maxima, larger(heap[0], least), found);
+    }
     free(maxima);
-    return fits && found->n > 0;
+    return fits;
 }
 
 static int by_falling(const void *one, const void *other) {

@@ -81,7 +81,7 @@ class Context:
 
     @property
     def n_threads(self) -> int:
-        """CPU threads that a decode of single tokens may use."""
+        """CPU threads that a decode may use."""
         n_threads: int = ll.llama_n_threads(self.raw)
         return n_threads
 
@@ -111,7 +111,7 @@ class Context:
         if not first:
             raise DecodeError("the decode left no logits")
         address = ctypes.addressof(first.contents)
-        # Made once for all steps with as many rows: the buffer stays where it is.
+        # Made once for all steps with as many rows, as long as the buffer stays where it is.
         if (address, n_outputs) != self._logits_at:
             rows = (ctypes.c_float * self.vocab.n_tokens * n_outputs).from_address(address)
             self._logits, self._logits_at = np.ctypeslib.as_array(rows), (address, n_outputs)

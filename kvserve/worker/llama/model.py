@@ -27,6 +27,9 @@ class Model:
         self._path = Path(load.model_path)
         self.on_gpu = load.n_gpu_layers > 0
         self.raw = self._load(load, log, on_progress)
+        self.wholly_on_gpu = (
+            load.n_gpu_layers > ll.llama_model_n_layer(self.raw) and not load.n_cpu_moe
+        )
         vocab = ll.llama_model_get_vocab(self.raw)
         if vocab is None:
             raise LoadError("the model has no vocabulary")
