@@ -21,9 +21,10 @@ from kvserve.ipc.messages import (
     Transcode,
     Transcoded,
 )
-from kvserve.worker import compiled, llama
+from kvserve.worker import llama
 from kvserve.worker.arriving import Incoming, incoming_for
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.compiled import MISSING
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
 from kvserve.worker.speculation.drafting import DraftProposer
@@ -58,8 +59,8 @@ def serve(
     log = LoadLog()
     # Not before the load: from here on a GPU has a context of this process.
     llama.start_backend(log)
-    if not compiled.AVAILABLE:
-        print(f"drawing tokens with NumPy: {compiled.MISSING}", file=sys.stderr, flush=True)
+    if MISSING is not None:
+        print(f"drawing tokens with NumPy: {MISSING}", file=sys.stderr, flush=True)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
     begun = time.monotonic()
     try:
