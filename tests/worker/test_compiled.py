@@ -46,6 +46,12 @@ def with_numpy(rows: np.ndarray, index: np.ndarray, chosen: Settings, numbers: l
     return together.draw(found, chosen, np.array(numbers)).tolist()
 
 
+def quick_draws(index: np.ndarray, chosen: Settings) -> compiled.Draws:
+    quick = together.compiled_draws(index, chosen)
+    assert quick is not None
+    return quick
+
+
 @needs_compiled
 @settings(deadline=None, max_examples=300)
 @given(
@@ -69,8 +75,7 @@ def test_same_tokens_as_numpy(
     dice = np.random.default_rng(seed)
     index, numbers = dice.permutation(n + 2)[:n], dice.random(n).tolist()
     chosen = Settings.of(plain)
-    quick = together.compiled_draws(index, chosen)
-    assert quick is not None
+    quick = quick_draws(index, chosen)
     drawn, expected = quick(rows, numbers, n_threads), with_numpy(rows, index, chosen, numbers)
     # Where many are equal, the two look at more than they can hold at different times.
     both = [
@@ -86,8 +91,7 @@ def test_same_tokens_as_numpy(
 def test_the_whole_range_of_numbers(n_vocab: int) -> None:
     rows = rows_of(3, 1, n_vocab, None, 100)
     index, chosen = np.array([0]), Settings.of([Plain(40, 0.95, -4.0, 0.9)])
-    quick = together.compiled_draws(index, chosen)
-    assert quick is not None
+    quick = quick_draws(index, chosen)
     numbers = [0.0, *np.linspace(0, 1, 200)[1:-1].tolist(), float(np.nextafter(1, 0))]
     drawn = [quick(rows, [number], 1)[0] for number in numbers]
     assert drawn == [with_numpy(rows, index, chosen, [number])[0] for number in numbers]
@@ -99,8 +103,7 @@ def test_the_whole_range_of_numbers(n_vocab: int) -> None:
 @pytest.mark.parametrize("n_vocab", [64, 255, 256, 257, 1000, 70_001])
 def test_the_best_wherever_it_stands(n_vocab: int) -> None:
     chosen = Settings.of([Plain(1, 1.0, -np.inf, 1.0)])
-    quick = together.compiled_draws(np.array([0]), chosen)
-    assert quick is not None
+    quick = quick_draws(np.array([0]), chosen)
     places = {0, 1, 63, n_vocab // 2, n_vocab - 2, n_vocab - 1, *range(0, n_vocab, 997)}
     for place in places:
         row = np.full((1, n_vocab), -3.0, dtype=np.float32)
@@ -115,8 +118,7 @@ def test_the_likeliest_side_by_side(begin: int, end: int, others: float) -> None
     row = np.full((1, 128_256), others, dtype=np.float32)
     row[0, begin:end] = np.random.default_rng(2).permutation(end - begin) / np.float32(500)
     index, chosen = np.array([0]), Settings.of([Plain(40, 0.95, -np.inf, 1.0)])
-    quick = together.compiled_draws(index, chosen)
-    assert quick is not None
+    quick = quick_draws(index, chosen)
     for number in np.linspace(0, 0.999, 25).tolist():
         drawn = quick(row, [number], 1)
         assert drawn == with_numpy(row, index, chosen, [number])
@@ -126,8 +128,7 @@ def test_the_likeliest_side_by_side(begin: int, end: int, others: float) -> None
 @needs_compiled
 def test_what_would_be_read_beyond_the_rows_is_refused() -> None:
     rows, chosen = rows_of(1, 3, 2000, None, 0), Settings.of([Plain(9, 1.0, -np.inf, 1.0)] * 2)
-    quick = together.compiled_draws(np.array([0, 3]), chosen)
-    assert quick is not None
+    quick = quick_draws(np.array([0, 3]), chosen)
     with pytest.raises(ValueError, match="too few"):
         quick(rows, [0.1, 0.2], 1)
     with pytest.raises(ValueError, match="too few"):
@@ -159,8 +160,7 @@ def test_rows_that_leave_no_choice() -> None:
     rows[3, 2999] = 1.0
     rows[4, 7] = np.inf
     chosen = Settings.of([Plain(5, 0.9, -1.0, 1.0)] * 6)
-    quick = together.compiled_draws(np.arange(6), chosen)
-    assert quick is not None
+    quick = quick_draws(np.arange(6), chosen)
     assert quick(rows, [0.5] * 6, 2) == [-1, -1, -1, 2999, -1, -1]
 
 
@@ -168,8 +168,7 @@ def test_rows_that_leave_no_choice() -> None:
 def test_rows_that_do_not_lie_side_by_side() -> None:
     rows = rows_of(5, 4, 4000, None, 0)
     chosen = Settings.of([Plain(9, 0.9, -3.0, 1.0)] * 2)
-    quick = together.compiled_draws(np.array([1, 0]), chosen)
-    assert quick is not None
+    quick = quick_draws(np.array([1, 0]), chosen)
     expected = quick(rows[::2].copy(), [0.3, 0.6], 1)
     assert quick(rows[::2], [0.3, 0.6], 1) == expected
     assert quick(rows[::2].astype(np.float64), [0.3, 0.6], 1) == expected
