@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
-from xml.sax.saxutils import escape
 
+from kvserve import svg
 from kvserve.bench.load import Result
 
 Series = Mapping[str, Sequence[Result]]
@@ -59,10 +59,8 @@ def plot(series: Series) -> str:
     highest = n_ticks * tick
     left, right, bottom, ceiling = _MARGIN, _WIDTH - 24, _HEIGHT - _MARGIN, 24
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{(left + right) / 2:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">streams</text>',
+        svg.rect(0, 0, _WIDTH, _HEIGHT, "white"),
+        svg.text((left + right) / 2, _HEIGHT - 8, "streams", "middle"),
     ]
 
     def x(count: int) -> float:
@@ -72,18 +70,12 @@ def plot(series: Series) -> str:
         return bottom - (bottom - ceiling) * tps / highest
 
     for count in streams:
-        parts.append(
-            f'<text x="{x(count):.0f}" y="{bottom + 18}" text-anchor="middle">{count}</text>'
-        )
+        parts.append(svg.text(x(count), bottom + 18, str(count), "middle"))
     for number in range(n_ticks + 1):
         level = y(number * tick)
-        parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>'
-        )
-        parts.append(
-            f'<text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">{number * tick:g}</text>'
-        )
-    parts.append(f'<text x="{left + 12}" y="{ceiling + 16}">tokens/s</text>')
+        parts.append(svg.line(left, level, right, level))
+        parts.append(svg.text(left - 6, level + 4, f"{number * tick:g}", "end"))
+    parts.append(svg.text(left + 12, ceiling + 16, "tokens/s"))
     for place, (name, results) in enumerate(series.items()):
         colour, line = _COLOURS[place % len(_COLOURS)], ceiling + 36 + 18 * place
         points = [(x(r.load.streams), y(r.tokens_per_second)) for r in results]
@@ -93,10 +85,9 @@ def plot(series: Series) -> str:
         parts += [
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points
         ]
-        parts.append(f'<line x1="{left + 12}" x2="{left + 36}" y1="{line}" y2="{line}" {style}/>')
-        parts.append(f'<text x="{left + 42}" y="{line + 4}">{escape(name)}</text>')
-    parts.append("</svg>")
-    return "\n".join(parts)
+        parts.append(f'<path d="M{left + 12} {line}h24" {style}/>')
+        parts.append(svg.text(left + 42, line + 4, name))
+    return svg.document(_WIDTH, _HEIGHT, "tokens/s by number of streams", parts)
 
 
 def _tick(top: float) -> float:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from kvserve import svg
 from kvserve.core.dtypes import CachePair
 from kvserve.units import format_bytes
 
@@ -24,17 +24,20 @@ def bars(rows: Bars, depth: int) -> str:
     height = 58 + len(rows) * group
     axis = _Axis([kld for _, by_mode in rows for kld, _ in by_mode.values()])
     room = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
-    parts = [_text(0, 14, f"Mean KLD at {depth} tokens (logarithmic)", bold=True)]
+    parts = [svg.text(0, 14, f"Mean KLD at {depth} tokens (logarithmic)", bold=True)]
     x = _LABEL_WIDTH
     for mode in modes:
-        parts += [_rect(x, 24, 10, 10, _COLOURS[mode]), _text(x + 14, 33, mode)]
+        parts += [svg.rect(x, 24, 10, 10, _COLOURS[mode]), svg.text(x + 14, 33, mode)]
         x += 90
     for tick in axis.ticks:
         at = _LABEL_WIDTH + axis.place(tick) * room
-        parts += [_line(at, 42, at, height - 14), _text(at, height - 2, f"{tick:g}", "middle")]
+        parts += [
+            svg.line(at, 42, at, height - 14),
+            svg.text(at, height - 2, f"{tick:g}", "middle"),
+        ]
     for index, (name, by_mode) in enumerate(rows):
         top = 46 + index * group
-        parts.append(_text(_LABEL_WIDTH - 8, top + group / 2 - 2, name, "end"))
+        parts.append(svg.text(_LABEL_WIDTH - 8, top + group / 2 - 2, name, "end"))
         for number, mode in enumerate(m for m in modes if m in by_mode):
             kld, error = by_mode[mode]
             y = top + number * _BAR
@@ -42,11 +45,11 @@ def bars(rows: Bars, depth: int) -> str:
             low, high = (axis.place(kld + sign * error) * room for sign in (-1, 1))
             middle = y + _BAR / 2 - 1
             parts += [
-                _rect(_LABEL_WIDTH, y, length, _BAR - 2, _COLOURS[mode]),
-                _line(_LABEL_WIDTH + low, middle, _LABEL_WIDTH + high, middle, "#1c2733"),
-                _text(_LABEL_WIDTH + max(length, high) + 5, y + _BAR - 3, f"{kld:.4f}"),
+                svg.rect(_LABEL_WIDTH, y, length, _BAR - 2, _COLOURS[mode]),
+                svg.line(_LABEL_WIDTH + low, middle, _LABEL_WIDTH + high, middle, "#1c2733"),
+                svg.text(_LABEL_WIDTH + max(length, high) + 5, y + _BAR - 3, f"{kld:.4f}"),
             ]
-    return _svg(height, f"Mean KLD by pair at {depth} tokens", parts)
+    return svg.document(_WIDTH, height, f"Mean KLD by pair at {depth} tokens", parts)
 
 
 def pareto(points: Mapping[CachePair, tuple[int, float]]) -> str:
@@ -62,22 +65,22 @@ def pareto(points: Mapping[CachePair, tuple[int, float]]) -> str:
             bottom - axis.place(point[1]) * (bottom - 30),
         )
 
-    parts = [_text(0, 14, "Mean KLD (logarithmic) by size of the cache", bold=True)]
+    parts = [svg.text(0, 14, "Mean KLD (logarithmic) by size of the cache", bold=True)]
     for tick in axis.ticks:
         y = place((0, tick))[1]
-        parts += [_line(left, y, _WIDTH - 20, y), _text(left - 8, y + 4, f"{tick:g}", "end")]
+        parts += [svg.line(left, y, _WIDTH - 20, y), svg.text(left - 8, y + 4, f"{tick:g}", "end")]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         n_bytes = round(most / 1.12 * share)
         x = place((n_bytes, 1.0))[0]
-        parts.append(_text(x, bottom + 20, format_bytes(n_bytes), "middle"))
+        parts.append(svg.text(x, bottom + 20, format_bytes(n_bytes), "middle"))
     corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(points[pair]) for pair in front))
     parts.append(f'<polyline points="{corners}" fill="none" stroke="#0b6e4f" stroke-width="2"/>')
     for pair, point in points.items():
         x, y = place(point)
         colour = "#0b6e4f" if pair in front else "#c8553d"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        parts.append(_text(x + 8, y - 8, str(pair)))
-    return _svg(height, "Mean KLD against the cache's size", parts)
+        parts.append(svg.text(x + 8, y - 8, str(pair)))
+    return svg.document(_WIDTH, height, "Mean KLD against the cache's size", parts)
 
 
 def pareto_front(points: Mapping[CachePair, tuple[int, float]]) -> list[CachePair]:
@@ -108,29 +111,3 @@ class _Axis:
         """From 0 to 1 along the axis."""
         share = (math.log10(max(value, _LEAST)) - self._low) / (self._high - self._low)
         return min(1.0, max(0.0, share))
-
-
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:g}" width="{_WIDTH}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", *, bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight} fill="#1c2733">'
-        f"{escape(text)}</text>"
-    )
-
-
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str = "#dfe4ea") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
