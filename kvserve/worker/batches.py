@@ -32,8 +32,9 @@ class Chunk:
 class Batch:
     """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
 
-    `admitted` are the requests that have their place from now on, in the order of their arrival,
-    those that come back after they were `preempted` included.
+    `n_pad` rows more are decoded for nothing, since so many take less time. `admitted` are the
+    requests that have their place from now on, in the order of their arrival, those that come back
+    after they were `preempted` included.
     """
 
     chunks: tuple[Chunk, ...]
@@ -41,6 +42,7 @@ class Batch:
     admitted: tuple[int, ...] = ()
     preempted: tuple[int, ...] = ()
     operations: tuple[Operation, ...] = ()
+    n_pad: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -55,4 +57,4 @@ class Batch:
     def advanced(self) -> "Batch":
         """The batch with the next token of each chunk, all of which have a single one."""
         chunks = tuple(replace(chunk, start=chunk.start + 1) for chunk in self.chunks)
-        return Batch(chunks)
+        return Batch(chunks, n_pad=self.n_pad)

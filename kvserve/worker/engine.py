@@ -88,7 +88,13 @@ class Engine:
         )
         cold = ColdTier(context, self._cache, cold_bytes, self._executor.change_memory)
         self._scheduler = Scheduler(
-            context.n_ctx, n_slots, context.n_batch, self._cache, n_draft, context.n_ubatch
+            context.n_ctx,
+            n_slots,
+            context.n_batch,
+            self._cache,
+            n_draft,
+            context.n_ubatch,
+            context.slower_rows,
         )
         self._stepper = Stepper(
             context,

@@ -51,6 +51,9 @@ class Executor:
             )
             if chunk.draft:
                 batch.add(chunk.draft, chunk.start + chunk.count, chunk.slot, scored=True)
+        if plan.n_pad:
+            n_outputs = len(batch.outputs) + plan.n_pad
+            batch.pad(plan.n_pad, wanted=n_outputs <= self._context.n_outputs)
         self._round = None
         self._context.submit(batch)
 

@@ -4,13 +4,15 @@ from collections import deque
 from statistics import median_low
 
 _ALONE_S = 1.0
-_STRETCH = 1.6
+_STRETCH, _SHARED_STRETCH = 1.2, 2.2
 """Beside streams, one waiting prompt may take so many times as long as the streams' own step: with
-it the gap between two of their tokens stays below three times what it is without a prompt, where
-nothing else holds a step up."""
+it the gap between two of their tokens stays below three times what it is without a prompt, also
+where the process is held up a little now and then. Each of several may take more: fewer and larger
+pieces are read sooner, and their requests are the next streams."""
 _LEAST_BOUND_S, _MOST_BOUND_S = 0.05, 0.15
 _BOUND_STEPS = 4
-"""Where several wait, their prompts may take so many of the streams' steps, within those bounds."""
+"""Where several wait, their prompts may take so many steps of all that will then run, within those
+bounds."""
 _FEWEST = 32
 _FEWEST_BESIDE = 8
 _FIRST = 128
@@ -19,10 +21,15 @@ _GROWTH = 2.0
 """Beside streams, the limit of one step is at most so many times that of the step before."""
 _STEADY, _HEADROOM = 1.2, 1.1
 """The limit stays where it is while up to so many times as much could be afforded: llama.cpp keeps
-its graph, and CUDA the captured one, while batches are of the same size."""
-_ROWS = 4
-"""llama.cpp multiplies so many rows at a time with weights that it repacked for a CPU, and the rest
-one by one: 8 streams and 12 prompt tokens take less time than 8 and 11."""
+its graph while batches are of the same size."""
+_CPU_ROWS, _GPU_ROWS = 4, 8
+"""llama.cpp multiplies so many rows at a time with quantized weights: 8 streams and 12 prompt
+tokens take less time than 8 and 11 on a CPU, which does the rest one by one, and those that fill a
+tile up cost nothing on a GPU (mmq.cuh)."""
+_TILE = 64
+"""From so many rows on a CPU's flash attention computes tiles of so many, with all cells that any
+of their sequences has: 80 ms more for the same batch with 1,300 cells in use, which less than two
+tiles do not make up for (ggml_compute_forward_flash_attn_ext in ggml-cpu/ops.cpp)."""
 _N_STEPS = 9
 
 
@@ -34,20 +41,41 @@ class Pace:
     token adds: both differ by 1,000 times between a laptop's CPU and a large GPU.
     """
 
-    __slots__ = ("_granted", "_mixed", "_n_batch", "_seconds_per_token", "_steps")
+    __slots__ = (
+        "_granted",
+        "_mixed",
+        "_n_batch",
+        "_n_last",
+        "_on_gpu",
+        "_rows",
+        "_seconds_per_token",
+        "_steps",
+    )
 
-    def __init__(self, n_batch: int) -> None:
+    def __init__(self, n_batch: int, *, on_gpu: bool = False) -> None:
         self._n_batch = n_batch
+        self._n_last = 0
+        self._on_gpu = on_gpu
+        self._rows = _GPU_ROWS if on_gpu else _CPU_ROWS
         self._seconds_per_token: float | None = None
         self._steps = _StreamSteps()
         self._granted = 0
         self._mixed = False
 
-    def limit(self, n_decoding: int, n_waiting: int = 1) -> int:
+    def limit(self, n_decoding: int, n_waiting: int = 1, *, growing: bool = False) -> int:
         """The most prompt tokens for the next step, beside `n_decoding` running streams.
 
         `n_waiting` requests wait for their first token: each may have its time, up to the bound.
+        While the cells in use are `growing`, batches on a GPU are never twice of the same size: the
+        second one would be captured as a CUDA graph, which takes 5 to 8 ms, and each 256th cell
+        makes the captured one useless (ggml_backend_cuda_graph_compute in ggml-cuda.cu).
         """
+        limit = self._limit(n_decoding, n_waiting)
+        if growing and self._on_gpu and limit > 1 and n_decoding + limit == self._n_last:
+            return limit - 1
+        return limit
+
+    def _limit(self, n_decoding: int, n_waiting: int) -> int:
         if self._seconds_per_token is None:
             return min(_FIRST, self._n_batch)
         if not n_decoding:
@@ -61,8 +89,12 @@ class Pace:
         return self._whole(n_decoding, self._granted)
 
     def _whole(self, n_decoding: int, n_prefill: int) -> int:
-        """So many prompt tokens or a few more: no row of a batch without drafts is left over."""
-        return min(n_prefill + -(n_decoding + n_prefill) % _ROWS, self._n_batch)
+        """About so many prompt tokens: no row of a batch without drafts is left over."""
+        n_rows = n_decoding + n_prefill
+        n_rows += -n_rows % self._rows
+        if n_decoding and not self._on_gpu and _TILE <= n_rows < 2 * _TILE:
+            n_rows = max(_TILE - self._rows, n_decoding + _FEWEST_BESIDE)
+        return min(n_rows - n_decoding, self._n_batch)
 
     def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
         """Learn from a step of `n_tokens`, of which `n_prefilled` were prompt tokens.
@@ -70,12 +102,13 @@ class Pace:
         Steps with few prompt tokens say little about prefill and are left out.
         """
         n_others = n_tokens - n_prefilled
+        self._n_last = n_tokens
         if not n_prefilled:
             self._steps.observe(n_others, seconds)
             self._mixed = False
             return
         self._mixed = n_others > 0
-        others_s = self._steps.estimate(n_others, self._seconds_per_token) if n_others else None
+        others_s = self._steps.estimate(max(n_others, 1), self._seconds_per_token)
         if n_prefilled < (_FEWEST_BESIDE if others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
@@ -92,8 +125,10 @@ class Pace:
         step = self._steps.estimate(n_decoding, self._seconds_per_token)
         if step is None:
             return _MOST_BOUND_S
-        bound = min(max(_BOUND_STEPS * step, _LEAST_BOUND_S), _MOST_BOUND_S)
-        return min(_STRETCH * step * max(n_waiting, 1), max(bound, step))
+        coming = self._steps.estimate(n_decoding + n_waiting, self._seconds_per_token) or step
+        bound = min(max(_BOUND_STEPS * coming, _LEAST_BOUND_S), _MOST_BOUND_S)
+        stretch = _STRETCH if n_waiting < 2 else _SHARED_STRETCH * n_waiting
+        return min(stretch * step, max(bound, step))
 
 
 class _StreamSteps:

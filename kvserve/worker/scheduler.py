@@ -27,7 +27,8 @@ class Scheduler:
 
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
     refuses longer prompts and ends longer answers. A step checks at most `n_draft` drafted tokens;
-    with a sliding window they must be in one micro-batch of `n_ubatch`.
+    with a sliding window they must be in one micro-batch of `n_ubatch`. Steps of as many rows as
+    a key of `rows` tells take less time with the rows that its value tells.
     """
 
     n_cells: int
@@ -36,6 +37,7 @@ class Scheduler:
     cache: PrefixCache
     n_draft: int = 0
     n_ubatch: int = 0
+    rows: Mapping[int, int] = field(default_factory=dict)
     _waiting: deque[Entry] = field(default_factory=deque)
     _running: list[Entry] = field(default_factory=list)
     _closed: bool = False
@@ -54,6 +56,12 @@ class Scheduler:
     def n_unanswered(self) -> int:
         """Requests that wait for their first token and have a place, or can get one."""
         return min(self.n_slots, len(self._running) + len(self._waiting)) - self.n_decoding
+
+    @property
+    def growing(self) -> bool:
+        """Whether those that run need more cells than ever were in use."""
+        n_promised = sum(entry.n_promised for entry in self._running)
+        return self.cache.n_used + n_promised > self.cache.n_most_used
 
     @property
     def decoding(self) -> tuple[int, ...]:
@@ -152,14 +160,19 @@ class Scheduler:
         chunks += [chunk_of(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
         self.cache.make_room(len(decoding) + n_drafted + n_prefill)
+        n_rows = len(decoding) + n_drafted + n_prefill
+        n_pad = 0 if n_drafted or n_prefill else self._n_pad(n_rows)
+        if n_rows + n_pad > min(self.cache.n_free, self.n_batch):
+            n_pad = 0
         operations = self.cache.take_operations()
-        return Batch(tuple(chunks), n_prefill, admitted, preempted, operations)
+        return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad)
 
     def may_repeat(self, n_chunks: int) -> bool:
         """Whether, after a batch with one token of each of `n_chunks` requests that is not
         committed yet, `plan` would choose the same requests again where none of them ends: all of
         those that run are among them, and nothing must leave the cache for them."""
-        return n_chunks == len(self._running) and self.cache.n_free >= 2 * n_chunks
+        n_cells = 2 * n_chunks + self._n_pad(n_chunks)
+        return n_chunks == len(self._running) and self.cache.n_free >= n_cells
 
     def commit(self, batch: Batch) -> None:
         """The batch was decoded: its tokens are in the cache now."""
@@ -182,6 +195,9 @@ class Scheduler:
         self._closed = True
         self._preempt(broken=True)
         return True
+
+    def _n_pad(self, n_rows: int) -> int:
+        return self.rows.get(n_rows, n_rows) - n_rows
 
     def _find(self, request: int) -> Entry:
         for entry in self._running:

@@ -70,7 +70,7 @@ class Stepper:
         self._speculator = speculator
         self._disturbed = disturbed
         self._may_draft = True
-        self._pace = Pace(context.n_batch)
+        self._pace = Pace(context.n_batch, on_gpu=context.asynchronous)
         self._jobs: dict[int, Job] = {}
         self._foreseen: dict[int, Draft] = {}
 
@@ -95,8 +95,11 @@ class Stepper:
         """Decode a batch, and more of them while nothing changes but the tokens."""
         self._cold.restore(self._scheduler)
         asks = self._asks()
-        n_prefill = self._pace.limit(self._scheduler.n_decoding, self._scheduler.n_unanswered)
-        plan = self._scheduler.plan(n_prefill, self._propose(asks))
+        scheduler = self._scheduler
+        n_prefill = self._pace.limit(
+            scheduler.n_decoding, scheduler.n_unanswered, growing=scheduler.growing
+        )
+        plan = scheduler.plan(n_prefill, self._propose(asks))
         self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
@@ -111,7 +114,6 @@ class Stepper:
             return
         self._outbox.flush()
         self._executor.wait()
-        self._pace.observe(plan.n_prefill, plan.n_tokens, time.monotonic() - begun)
         done: _Decoded | None = self._draw(plan, asks, begun)
         self._foreseen = {}
         while done is not None and self._goes_on(done):
@@ -121,7 +123,9 @@ class Stepper:
 
     def _draw(self, plan: Plan, asks: list[Ask], begun: float) -> _Decoded:
         drawn = self._executor.draw(plan, self._jobs)
-        return _Decoded(plan, drawn, {ask.id for ask in asks}, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self._pace.observe(plan.n_prefill, plan.n_tokens, seconds)
+        return _Decoded(plan, drawn, {ask.id for ask in asks}, seconds)
 
     def _goes_on(self, done: _Decoded) -> bool:
         """Whether the next batch is the same with the tokens that were drawn: all that run go on,
@@ -163,7 +167,6 @@ class Stepper:
         asks = self._asks()
         self._foreseen = self._propose(asks)
         self._executor.wait()
-        self._pace.observe(0, len(plan.chunks), time.monotonic() - begun)
         return self._draw(plan, asks, begun)
 
     def _finish(self, done: _Decoded) -> None:

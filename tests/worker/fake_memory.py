@@ -73,7 +73,7 @@ class FakeMemory:
     def decode(self, batch: Batch, known: dict[int, list[int]]) -> bool:
         """Carry a batch out; False where there is no room, which changes nothing."""
         self.change(batch.operations)
-        if self.n_used + batch.n_tokens > self.n_cells:
+        if self.n_used + batch.n_tokens + batch.n_pad > self.n_cells:
             return False
         for chunk in batch.chunks:
             end = chunk.start + chunk.count
@@ -111,8 +111,10 @@ def fake_scheduler(
     n_really: int | None = None,
     shortest: int = 1,
     n_draft: int = 0,
+    rows: dict[int, int] | None = None,
 ) -> tuple[Scheduler, FakeMemory]:
     """A scheduler, and the memory that its batches are meant for."""
     memory = FakeMemory(n_cells if n_really is None else n_really, n_slots, rules)
     cache = PrefixCache(n_cells, n_slots, rules, memory.first_position, shortest)
-    return Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch), memory
+    scheduler = Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch, rows or {})
+    return scheduler, memory

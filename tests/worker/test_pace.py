@@ -86,7 +86,7 @@ def test_more_that_wait_make_longer_steps_up_to_the_bound() -> None:
         return pace.limit(4, n_waiting)
 
     assert grown(3) > 2 * grown(1)
-    assert gpu(4, grown(1000)) < 0.06
+    assert gpu(4, grown(60)) < 0.06
 
 
 def test_many_prompts_at_once_are_read_about_as_fast_as_alone() -> None:
@@ -168,3 +168,39 @@ def test_batches_stay_of_the_same_size() -> None:
         pace.observe(chunks[-1], chunks[-1] + 4, seconds)
     repeats = sum(one == other for one, other in itertools.pairwise(chunks))
     assert repeats > 0.7 * len(chunks)
+
+
+def test_on_a_gpu_batches_fill_tiles_and_are_never_captured_in_vain() -> None:
+    """Twice the same size is captured: only where the graph stays good afterwards."""
+    for n_decoding in (1, 4, 7):
+        pace = Pace(N_BATCH, on_gpu=True)
+        pace.observe(N_BATCH, N_BATCH, gpu(0, N_BATCH))
+        for _ in range(20):
+            pace.observe(0, n_decoding, gpu(n_decoding, 0))
+        sizes = []
+        for step in range(60):
+            n = pace.limit(n_decoding, growing=step < 40)
+            sizes.append(n + n_decoding)
+            pace.observe(n, n + n_decoding, gpu(n_decoding, n))
+        assert all(one != other for one, other in itertools.pairwise(sizes[:40]))
+        assert all(size % 8 in {0, 7} for size in sizes[:40])
+        assert all(size % 8 == 0 for size in sizes[40:])
+        assert len(set(sizes[-10:])) == 1
+
+
+def test_on_a_cpu_batches_stay_below_a_tile_of_attention_or_fill_two() -> None:
+    for n_waiting in (1, 3, 20):
+        pace = warm(MACHINES[1], 2)
+        for n_decoding in range(2, 40):
+            n = pace.limit(n_decoding, n_waiting)
+            assert n == N_BATCH or not 64 <= n + n_decoding < 128 or n <= 8
+            pace.observe(n, n + n_decoding, laptop(n_decoding, n))
+
+
+def test_few_streams_beside_many_that_wait_bear_the_steps_of_all() -> None:
+    small = Machine("a small model on two cores", lambda n, m: 0.013 + 0.0058 * n + 0.0024 * m)
+
+    def first(n_decoding: int, n_waiting: int) -> int:
+        return warm(small, n_decoding).limit(n_decoding, n_waiting)
+
+    assert first(1, 7) > 1.3 * first(1, 2)

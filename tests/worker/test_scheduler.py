@@ -97,6 +97,8 @@ class Run:
         n_outputs = sum(chunk.n_outputs for chunk in batch.chunks)
         assert n_outputs <= scheduler.n_slots + batch.n_drafted
         assert batch.n_drafted <= scheduler.n_draft
+        assert batch.n_tokens + batch.n_pad <= scheduler.n_batch
+        assert not batch.n_pad or batch.n_tokens == n_decoding
         self.drafts = True
         if not self.memory.decode(batch, self.known):
             if batch.n_drafted:
@@ -185,6 +187,7 @@ def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
         n_really=max(n_cells * draw(st.integers(n_really_percent, 100)) // 100, 1),
         shortest=draw(st.integers(1, 4)),
         n_draft=draw(st.sampled_from((0, 0, 1, 4, 12))),
+        rows=draw(st.sampled_from(({}, {2: 3}, {2: 5, 3: 5, 4: 5}))),
     )
     return Run(scheduler, memory, asks, draw(st.integers(1, 64)))
 
@@ -337,3 +340,48 @@ def test_those_that_wait_for_their_first_token_are_counted_as_far_as_there_are_p
     assert (scheduler.n_decoding, scheduler.n_unanswered) == (1, 2)
     scheduler.remove(0)
     assert scheduler.n_unanswered == 3
+
+
+def test_a_step_gets_the_rows_that_make_it_quicker_where_there_are_cells_for_them() -> None:
+    scheduler, memory = fake_scheduler(n_cells=40, n_slots=3, n_batch=8, rows={2: 4})
+    known = {request: [request] * 5 for request in range(2)}
+    for request, tokens in known.items():
+        scheduler.add(request, np.full(24, tokens[0]), 5)
+    steps = []
+    for _ in range(17):
+        n_free = scheduler.cache.n_free
+        batch = scheduler.plan(64)
+        assert memory.decode(batch, known)
+        repeats = scheduler.may_repeat(len(batch.chunks))
+        scheduler.commit(batch)
+        for chunk in batch.chunks:
+            if chunk.last:
+                known[chunk.id].append(chunk.id)
+                scheduler.grow(chunk.id)
+        steps.append((n_free, batch.n_prefill, batch.n_pad, repeats))
+    assert steps[:3] == [(40, 8, 0, True), (32, 2, 0, True), (30, 0, 2, True)]
+    assert steps[-4:] == [(8, 0, 2, True), (6, 0, 2, True), (4, 0, 2, False), (2, 0, 0, False)]
+
+
+def test_cells_grow_until_there_were_as_many_before() -> None:
+    scheduler, memory = fake_scheduler(n_cells=64, n_slots=2, n_batch=64)
+
+    def prefill(request: int, n_tokens: int) -> bool:
+        scheduler.add(request, np.full(64, request), n_tokens)
+        batch = scheduler.plan(4)
+        growing = scheduler.growing
+        known = {request: [request] * n_tokens}
+        while not batch.chunks[-1].last:
+            assert memory.decode(batch, known)
+            scheduler.commit(batch)
+            batch = scheduler.plan(4)
+        assert memory.decode(batch, known)
+        scheduler.commit(batch)
+        scheduler.remove(request, broken=True)
+        memory.change(scheduler.cache.take_operations())
+        return growing
+
+    assert prefill(1, 20)
+    assert not prefill(2, 20)
+    assert not prefill(3, 12)
+    assert prefill(4, 21)

@@ -21,7 +21,7 @@ from kvserve.ipc.messages import (
 )
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.engine import Engine
-from kvserve.worker.llama import Context
+from kvserve.worker.llama import Batch, Context
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.speculator import Speculator
@@ -150,6 +150,29 @@ def test_repeated_steps_answer_as_planned_ones_do(
     assert sum(repeats) > 20
     assert repeated.outcome == planned.outcome
     assert 11 <= len(repeated.tokens[0]) <= 13, "a cancelled request ends within a step or two"
+
+
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("n_outputs", [12, 4])
+@pytest.mark.parametrize("speculates", [False, True])
+def test_rows_that_only_make_steps_quicker_leave_no_trace(
+    context: Context, monkeypatch: pytest.MonkeyPatch, speculates: bool, n_outputs: int
+) -> None:
+    """Whether logits are computed for them or, where no more are allowed, not."""
+    plain = run(context, speculates=speculates, cancels={})
+    monkeypatch.setattr(context, "slower_rows", {2: 3, 3: 5, 4: 7})
+    monkeypatch.setattr(context, "n_outputs", n_outputs)
+    n_pads = []
+    pad = Batch.pad
+
+    def counted(self: Batch, n: int, *, wanted: bool) -> None:
+        pad(self, n, wanted=wanted)
+        n_pads.append(n)
+
+    monkeypatch.setattr(Batch, "pad", counted)
+    padded = run(context, speculates=speculates, cancels={})
+    assert {1, 2, 3} <= set(n_pads)
+    assert padded.outcome == plain.outcome
 
 
 @pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 class Batch:
     """Tokens for one decode, in arrays that llama.cpp reads in place.
 
-    Capacity `n_batch` tokens, each in one sequence.
+    Capacity `n_batch` tokens, each in one sequence. The last `n_pad` of them are only there since
+    so many take less time.
     """
 
     def __init__(self, n_batch: int) -> None:
-        self.n_tokens = 0
+        self.n_tokens = self.n_pad = 0
         self.outputs: list[int] = []
         self._token = np.zeros(n_batch, dtype=np.int32)
         self._pos = np.zeros(n_batch, dtype=np.int32)
@@ -37,7 +38,7 @@ class Batch:
     def clear(self) -> None:
         """Empty the batch."""
         self._wanted[: self.n_tokens] = 0
-        self.n_tokens = self.raw.n_tokens = 0
+        self.n_tokens = self.n_pad = self.raw.n_tokens = 0
         self.outputs.clear()
 
     def add(
@@ -62,10 +63,25 @@ class Batch:
             self.outputs.extend(range(first, end))
         self.n_tokens = self.raw.n_tokens = end
 
+    def pad(self, n: int, *, wanted: bool) -> None:
+        """Append `n` rows behind the last token of the first sequence, of a batch with one token of
+        each. What they leave in the cache goes as soon as they are decoded (`Context.submit`).
+        Logits are computed for them too where `wanted`, after those of the `outputs`."""
+        begin = self.n_tokens
+        self.add(self._token[:1].repeat(n), int(self._pos[0]) + 1, int(self._slot[0]))
+        self._wanted[begin : self.n_tokens] = wanted
+        self.n_pad = n
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The sequence that has the padding, and at which position that begins."""
+        first = self.n_tokens - self.n_pad
+        return int(self._slot[first]), int(self._pos[first])
+
     def advance(self, tokens: Sequence[int]) -> None:
         """Put the next token of every sequence in the place of the last one: of a batch with one
-        token each."""
-        self._token[: self.n_tokens] = tokens
+        token each, apart from padding."""
+        self._token[: self.n_tokens - self.n_pad] = tokens
         self._pos[: self.n_tokens] += 1
 
     def want_all(self) -> None:

@@ -16,10 +16,10 @@ from kvserve.worker.llama.batch import Batch
 from kvserve.worker.llama.failures import CacheFull, DecodeError, LoadError
 from kvserve.worker.llama.model import Model
 from kvserve.worker.llama.params import context_params
+from kvserve.worker.llama.warming import warm_up
 from kvserve.worker.load_log import LoadLog
 
 _NO_SLOT = 1
-_WARM_UP_TOKENS = 8
 _COMPRESSED = "deepseek4"
 """Its compressed caches belong to one sequence each (llama-kv-cache-dsv4.cpp)."""
 _N_SPARE = 32
@@ -28,7 +28,8 @@ LLAMA_MAX_SEQ of them, whatever `n_seq_max` says, and they cost no memory."""
 
 
 class Context:
-    """One loaded model with its one context and KV cache, ready to decode.
+    """One loaded model with its one context and KV cache, ready to decode. Batches of as many rows
+    as a key of `slower_rows` take less time with as many as its value.
 
     Raises LoadError where the file, the settings or the memory will not do. `on_progress` gets
     the share of the weights that is read, 0 to 1, some hundred times.
@@ -58,6 +59,7 @@ class Context:
 
     def _open(self, load: Load, n_outputs: int | None = None) -> None:
         self.vocab = self.model.vocab
+        self.slower_rows: dict[int, int] = {}
         caches = CacheLog()
         with listening(caches.feed):
             self.raw = self._create(load, n_outputs)
@@ -72,6 +74,7 @@ class Context:
         self.n_batch: int = ll.llama_n_batch(self.raw)
         self.n_ubatch: int = ll.llama_n_ubatch(self.raw)
         self.n_seq_max: int = ll.llama_n_seq_max(self.raw)
+        self.n_outputs: int = n_outputs or context_params(load).n_outputs_max
         self.n_ctx_train: int = self.model.n_ctx_train
 
     @property
@@ -91,12 +94,15 @@ class Context:
         self.wait()
 
     def submit(self, batch: Batch) -> None:
-        """Begin to compute a batch. Raises CacheFull or DecodeError."""
+        """Begin to compute a batch. Raises CacheFull or DecodeError. Nothing of its padding is left
+        in the cache."""
         status = ll.llama_decode(self.raw, batch.raw)
         if status == _NO_SLOT:
             raise CacheFull
         if status != 0:
             raise DecodeError(f"llama_decode returned {status}")
+        if batch.n_pad:
+            self.cut_slot(*batch.padded)
 
     def wait(self) -> None:
         """Return when the batch is computed."""
@@ -143,6 +149,10 @@ class Context:
         llama.cpp; rotation, model and meaning are not."""
         n_read: int = ll.llama_state_seq_set_data(self.raw, _bytes_at(address), n_bytes, slot)
         return n_read
+
+    def clear(self) -> None:
+        """Free all cells."""
+        ll.llama_memory_clear(self._memory, False)
 
     def clear_slot(self, slot: int) -> None:
         """Free all cells of a sequence."""
@@ -198,26 +208,10 @@ class Context:
         return LoadError(message, out_of_memory=out_of_memory)
 
     def _warm_up(self) -> None:
-        """Decode a few tokens: a CPU build that does not suit the machine dies here, before
-        anyone waits for an answer. One token would miss the AMX kernels.
-
-        On a GPU a whole batch goes first: what CUDA allocates for it beside llama.cpp's buffers is
-        then there when the daemon measures (99 MiB for a model with 8 of 128 experts in use).
-        """
-        first = self.n_batch if self.model.on_gpu else _WARM_UP_TOKENS
-        n = min(first, self.n_ctx - 1)
-        batch = Batch(max(n, 1))
-        tokens = np.arange(n, dtype=np.int32) % self.vocab.n_tokens
         try:
-            batch.add(tokens, 0, 0, last=True)
-            self.decode(batch)
-            batch.clear()
-            batch.add(tokens[:1], n, 0, last=True)
-            self.decode(batch)
-            self.logits(1)
+            self.slower_rows = warm_up(self)
         except (CacheFull, DecodeError) as error:
             raise self._failure(f"the first decode failed: {error}") from error
-        ll.llama_memory_clear(self._memory, False)
 
 
 def _bytes_at(address: int) -> "ctypes._Pointer[ctypes.c_uint8]":
