@@ -29,7 +29,7 @@ tile up cost nothing on a GPU (mmq.cuh)."""
 _TILE = 64
 """From so many rows on a CPU's flash attention computes tiles of so many, with all cells that any
 of their sequences has: 80 ms more for the same batch with 1,300 cells in use, which less than two
-tiles do not make up for (ggml_compute_forward_flash_attn_ext in ggml-cpu/ops.cpp)."""
+tiles do not make up for (ggml_compute_forward_flash_attn_ext_f16 in ggml-cpu/ops.cpp)."""
 _N_STEPS = 9
 
 
@@ -38,7 +38,8 @@ class Pace:
     `Cancel` or `Pause` never waits long for a step.
 
     Learns from the steps themselves how long a step without prompts takes, and what each prompt
-    token adds: both differ by 1,000 times between a laptop's CPU and a large GPU.
+    token adds: both differ by 1,000 times between a laptop's CPU and a large GPU. `on_gpu` says
+    that all is computed there, `tiles` that attention is on a CPU in tiles of many rows.
     """
 
     __slots__ = (
@@ -50,30 +51,42 @@ class Pace:
         "_rows",
         "_seconds_per_token",
         "_steps",
+        "_tiles",
     )
 
-    def __init__(self, n_batch: int, *, on_gpu: bool = False) -> None:
+    def __init__(self, n_batch: int, *, on_gpu: bool = False, tiles: bool = False) -> None:
         self._n_batch = n_batch
         self._n_last = 0
         self._on_gpu = on_gpu
+        self._tiles = tiles
         self._rows = _GPU_ROWS if on_gpu else _CPU_ROWS
         self._seconds_per_token: float | None = None
         self._steps = _StreamSteps()
         self._granted = 0
         self._mixed = False
 
-    def limit(self, n_decoding: int, n_waiting: int = 1, *, growing: bool = False) -> int:
+    def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
         """The most prompt tokens for the next step, beside `n_decoding` running streams.
 
         `n_waiting` requests wait for their first token: each may have its time, up to the bound.
-        While the cells in use are `growing`, batches on a GPU are never twice of the same size: the
-        second one would be captured as a CUDA graph, which takes 5 to 8 ms, and each 256th cell
-        makes the captured one useless (ggml_backend_cuda_graph_compute in ggml-cuda.cu).
+        `n_unread` is how many prompt tokens there are at most. On a GPU two batches in a row are
+        never of the same size: the second one would be captured as a CUDA graph, which takes 5 to
+        8 ms, and each 256th cell makes the captured one useless (ggml_backend_cuda_graph_compute
+        in ggml-cuda.cu).
         """
         limit = self._limit(n_decoding, n_waiting)
-        if growing and self._on_gpu and limit > 1 and n_decoding + limit == self._n_last:
-            return limit - 1
+        if n_decoding:
+            limit = min(limit, max(self._n_batch - n_decoding, 1))
+            if self._on_gpu and limit > 1 and n_decoding + limit == self._n_last:
+                return limit - 1
+            if self._tiles:
+                return self._below_tile(n_decoding, limit if n_unread is None else n_unread, limit)
         return limit
+
+    def _below_tile(self, n_decoding: int, n_unread: int, limit: int) -> int:
+        if not _TILE <= n_decoding + min(limit, n_unread) < 2 * _TILE:
+            return limit
+        return max(_TILE - self._rows - n_decoding, _FEWEST_BESIDE)
 
     def _limit(self, n_decoding: int, n_waiting: int) -> int:
         if self._seconds_per_token is None:
@@ -92,8 +105,6 @@ class Pace:
         """About so many prompt tokens: no row of a batch without drafts is left over."""
         n_rows = n_decoding + n_prefill
         n_rows += -n_rows % self._rows
-        if n_decoding and not self._on_gpu and _TILE <= n_rows < 2 * _TILE:
-            n_rows = max(_TILE - self._rows, n_decoding + _FEWEST_BESIDE)
         return min(n_rows - n_decoding, self._n_batch)
 
     def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
@@ -108,7 +119,7 @@ class Pace:
             self._mixed = False
             return
         self._mixed = n_others > 0
-        others_s = self._steps.estimate(max(n_others, 1), self._seconds_per_token)
+        others_s = self._steps.estimate(n_others, self._seconds_per_token)
         if n_prefilled < (_FEWEST_BESIDE if others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
@@ -143,7 +154,8 @@ class _StreamSteps:
 
     def estimate(self, n: int, seconds_per_token: float | None) -> float | None:
         """Seconds for `n` streams: on the line between known numbers, above them by what a token
-        takes, and never less than fewer streams take. None where nothing is known."""
+        takes, below them what the fewest take, and never less than fewer streams take. None where
+        nothing is known."""
         below = max((m for m in self._seen if m <= n), default=None)
         above = min((m for m in self._seen if m > n), default=None)
         if below is None:

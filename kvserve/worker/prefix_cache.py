@@ -69,11 +69,10 @@ class PrefixCache:
         self._free_slots = list(range(n_slots - 1, -1, -1))
         self._free_spares = list(range(n_slots + rules.n_spare - 1, n_slots - 1, -1))
         self._operations: list[Operation] = []
-        self.n_most_used = 0
 
     @property
     def n_used(self) -> int:
-        """Cells that something is in; there were `n_most_used` at most."""
+        """Cells that something is in."""
         return self._tree.n_cells
 
     @property
@@ -141,7 +140,6 @@ class PrefixCache:
     def append(self, sequence: CachedSequence, n_tokens: int) -> None:
         """A decode filled cells for the next `n_tokens` tokens of a running sequence."""
         self._tree.append(sequence, n_tokens)
-        self.n_most_used = max(self.n_most_used, self._tree.n_cells)
 
     def cut_back(self, sequence: CachedSequence) -> None:
         """Give up what a decode filled after the cells that are known of."""
@@ -186,7 +184,7 @@ class PrefixCache:
         are in host memory already."""
         (self._free_slots if slot < self._n_slots else self._free_spares).remove(slot)
         sequence = self._tree.open(slot, tokens, salt)
-        self.append(sequence, len(tokens))
+        self._tree.append(sequence, len(tokens))
         self._tree.stop(sequence)
         sequence.n_stored = n_stored
         self._kept[sequence] = None

@@ -8,6 +8,7 @@ oldest alone always fits, so it always makes progress. Cells that are only kept 
 (`prefix_cache`) count as free.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from kvserve.worker.prefix_cache import PrefixCache, Reuse
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
+_MOST_PADDED_CELLS = 8192
+"""Attention of more rows may read all cells in use once more (ntiles_x in ggml-cuda's
+fattn-common.cuh): so far it was measured that this costs less than is won."""
 
 
 @dataclass(slots=True)
@@ -58,10 +62,11 @@ class Scheduler:
         return min(self.n_slots, len(self._running) + len(self._waiting)) - self.n_decoding
 
     @property
-    def growing(self) -> bool:
-        """Whether those that run need more cells than ever were in use."""
-        n_promised = sum(entry.n_promised for entry in self._running)
-        return self.cache.n_used + n_promised > self.cache.n_most_used
+    def n_unread(self) -> int:
+        """Prompt tokens of those requests, cached or not."""
+        waiting = itertools.islice(self._waiting, self.n_slots - len(self._running))
+        n_begun = sum(entry.n_left for entry in self._running if not entry.decoding)
+        return n_begun + sum(entry.n_tokens for entry in waiting)
 
     @property
     def decoding(self) -> tuple[int, ...]:
@@ -171,7 +176,10 @@ class Scheduler:
         """Whether, after a batch with one token of each of `n_chunks` requests that is not
         committed yet, `plan` would choose the same requests again where none of them ends: all of
         those that run are among them, and nothing must leave the cache for them."""
-        n_cells = 2 * n_chunks + self._n_pad(n_chunks)
+        n_pad, n_used = self._n_pad(n_chunks), self.cache.n_used
+        if n_pad and n_used + n_chunks > _MOST_PADDED_CELLS:
+            return False
+        n_cells = 2 * n_chunks + n_pad
         return n_chunks == len(self._running) and self.cache.n_free >= n_cells
 
     def commit(self, batch: Batch) -> None:
@@ -197,6 +205,8 @@ class Scheduler:
         return True
 
     def _n_pad(self, n_rows: int) -> int:
+        if self.cache.n_used > _MOST_PADDED_CELLS:
+            return 0
         return self.rows.get(n_rows, n_rows) - n_rows
 
     def _find(self, request: int) -> Entry:

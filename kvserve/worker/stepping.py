@@ -70,7 +70,11 @@ class Stepper:
         self._speculator = speculator
         self._disturbed = disturbed
         self._may_draft = True
-        self._pace = Pace(context.n_batch, on_gpu=context.asynchronous)
+        self._pace = Pace(
+            context.n_batch,
+            on_gpu=context.asynchronous and context.model.wholly_on_gpu,
+            tiles=context.tiles,
+        )
         self._jobs: dict[int, Job] = {}
         self._foreseen: dict[int, Draft] = {}
 
@@ -97,7 +101,7 @@ class Stepper:
         asks = self._asks()
         scheduler = self._scheduler
         n_prefill = self._pace.limit(
-            scheduler.n_decoding, scheduler.n_unanswered, growing=scheduler.growing
+            scheduler.n_decoding, scheduler.n_unanswered, scheduler.n_unread
         )
         plan = scheduler.plan(n_prefill, self._propose(asks))
         self._executor.change_memory(plan.operations)
@@ -122,9 +126,12 @@ class Stepper:
             self._finish(done)
 
     def _draw(self, plan: Plan, asks: list[Ask], begun: float) -> _Decoded:
+        decoded = time.monotonic()
         drawn = self._executor.draw(plan, self._jobs)
         seconds = time.monotonic() - begun
-        self._pace.observe(plan.n_prefill, plan.n_tokens, seconds)
+        # What is drawn after a prompt (a first mask, scores) says nothing of its tokens.
+        counted = decoded - begun if plan.n_prefill else seconds
+        self._pace.observe(plan.n_prefill, plan.n_tokens, counted)
         return _Decoded(plan, drawn, {ask.id for ask in asks}, seconds)
 
     def _goes_on(self, done: _Decoded) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.worker.batches import Chunk
+from kvserve.worker.batches import Batch, Chunk
 from kvserve.worker.scheduler import Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
@@ -363,25 +363,48 @@ def test_a_step_gets_the_rows_that_make_it_quicker_where_there_are_cells_for_the
     assert steps[-4:] == [(8, 0, 2, True), (6, 0, 2, True), (4, 0, 2, False), (2, 0, 0, False)]
 
 
-def test_cells_grow_until_there_were_as_many_before() -> None:
-    scheduler, memory = fake_scheduler(n_cells=64, n_slots=2, n_batch=64)
-
-    def prefill(request: int, n_tokens: int) -> bool:
-        scheduler.add(request, np.full(64, request), n_tokens)
-        batch = scheduler.plan(4)
-        growing = scheduler.growing
-        known = {request: [request] * n_tokens}
-        while not batch.chunks[-1].last:
-            assert memory.decode(batch, known)
-            scheduler.commit(batch)
-            batch = scheduler.plan(4)
+def test_steps_get_no_rows_more_where_attention_would_read_many_cells_again() -> None:
+    scheduler, memory = fake_scheduler(n_cells=20_000, n_slots=2, n_batch=5000, rows={2: 3})
+    known = {request: [request] * 4094 for request in range(2)}
+    for request, tokens in known.items():
+        scheduler.add(request, np.full(4200, tokens[0]), len(tokens))
+    steps = []
+    for _ in range(8):
+        batch = scheduler.plan(5000)
         assert memory.decode(batch, known)
+        steps.append((scheduler.cache.n_used, batch.n_pad, scheduler.may_repeat(2)))
         scheduler.commit(batch)
-        scheduler.remove(request, broken=True)
-        memory.change(scheduler.cache.take_operations())
-        return growing
+        for chunk in batch.chunks:
+            if chunk.last:
+                known[chunk.id].append(chunk.id)
+                scheduler.grow(chunk.id)
+    assert steps[2:] == [
+        (8188, 1, True),
+        (8190, 1, True),
+        (8192, 1, False),
+        (8194, 0, True),
+        (8196, 0, True),
+        (8198, 0, True),
+    ]
 
-    assert prefill(1, 20)
-    assert not prefill(2, 20)
-    assert not prefill(3, 12)
-    assert prefill(4, 21)
+
+def test_prompt_tokens_are_counted_that_a_step_could_read() -> None:
+    scheduler, _ = fake_scheduler(n_cells=512, n_slots=3, n_batch=64)
+    for request in range(5):
+        scheduler.add(request, np.full(64, request), 8 + request)
+    assert scheduler.n_unread == 8 + 9 + 10
+    scheduler.commit(scheduler.plan(12))
+    assert scheduler.n_unread == 8 + 9 + 10 - 12
+    scheduler.commit(scheduler.plan(64))
+    for request in range(3):
+        scheduler.grow(request)
+    assert scheduler.n_unread == 0
+    scheduler.remove(1)
+    assert scheduler.n_unread == 11
+
+
+def test_a_batch_that_goes_on_keeps_its_rows() -> None:
+    chunks = (Chunk(1, 0, 7, 1, last=True), Chunk(2, 1, 3, 1, last=True))
+    assert Batch(chunks, n_prefill=0, n_pad=2).advanced() == Batch(
+        (Chunk(1, 0, 8, 1, last=True), Chunk(2, 1, 4, 1, last=True)), n_pad=2
+    )

@@ -2,8 +2,10 @@
 answers are made while the device computes the next step."""
 
 import queue
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 
 import pytest
 
@@ -19,9 +21,14 @@ from kvserve.ipc.messages import (
     TextPrompt,
     Tokenized,
 )
+from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.drawing import Drawn, Wish
 from kvserve.worker.engine import Engine
+from kvserve.worker.executor import Executor
+from kvserve.worker.job import Job
 from kvserve.worker.llama import Batch, Context
+from kvserve.worker.pace import Pace
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.speculator import Speculator
@@ -166,6 +173,8 @@ def test_rows_that_only_make_steps_quicker_leave_no_trace(
     pad = Batch.pad
 
     def counted(self: Batch, n: int, *, wanted: bool) -> None:
+        # More logits than the context was made for end the process.
+        assert wanted == (len(self.outputs) + n <= n_outputs)
         pad(self, n, wanted=wanted)
         n_pads.append(n)
 
@@ -180,3 +189,42 @@ def test_a_draft_of_nothing_is_none(context: Context, monkeypatch: pytest.Monkey
     planned = run(context, speculates=False, cancels={})
     monkeypatch.setattr(Speculator, "propose", lambda self, asks: {ask.id: () for ask in asks})
     assert run(context, speculates=True, cancels={}).outcome == planned.outcome
+
+
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("wholly_on_gpu", [False, True])
+def test_the_pace_knows_what_computes_and_what_waits(
+    context: Context, monkeypatch: pytest.MonkeyPatch, wholly_on_gpu: bool
+) -> None:
+    asked, told, observed = [], [], []
+
+    class Recording(Pace):
+        def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
+            observed.append((n_prefilled > 0, seconds))
+            super().observe(n_prefilled, n_tokens, seconds)
+
+        def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
+            asked.append((n_decoding, n_waiting, n_unread))
+            return super().limit(n_decoding, n_waiting, n_unread)
+
+    def recording(n_batch: int, *, on_gpu: bool, tiles: bool) -> Pace:
+        told.append((n_batch, on_gpu, tiles))
+        return Recording(n_batch, on_gpu=on_gpu, tiles=tiles)
+
+    draw = Executor.draw
+
+    def slow(self: Executor, plan: Plan, jobs: dict[int, Job]) -> list[tuple[Wish, Drawn]]:
+        time.sleep(0.02)
+        return draw(self, plan, jobs)
+
+    monkeypatch.setattr(Executor, "draw", slow)
+    monkeypatch.setattr("kvserve.worker.stepping.Pace", recording)
+    monkeypatch.setattr(type(context), "asynchronous", True)
+    monkeypatch.setattr(context.model, "wholly_on_gpu", wholly_on_gpu)
+    run(context, speculates=False, cancels={})
+    assert told == [(context.n_batch, wholly_on_gpu, False)], "without flash attention no tiles"
+    assert len(asked) > 20
+    assert all(bool(n_unread) == bool(n_waiting) for _, n_waiting, n_unread in asked)
+    # What is drawn is a part of the streams' steps, not of what prompt tokens take.
+    assert median(seconds for reads, seconds in observed if reads) < 0.02
+    assert min(seconds for reads, seconds in observed if not reads) >= 0.02

@@ -11,8 +11,8 @@ from kvserve.worker.llama.warming import warm_up
 
 @dataclass
 class Gpu:
-    """Decodes of `n` rows take `seconds[n]`, with the capture of a graph where it is the second of
-    a size, as in CUDA's llama.cpp; the third and later ones count."""
+    """Decodes of `n` rows take `seconds[n]`, from the third of a size on, as in CUDA's llama.cpp:
+    the first one loads kernels, which takes fewer rows longer, and the second one is captured."""
 
     seconds: dict[int, float]
     n_seq_max: int = 8
@@ -40,6 +40,7 @@ class Gpu:
         n = batch.n_tokens
         self.sizes.append(n)
         self.n_cells += n
+        assert n <= self.n_batch
         assert self.n_cells <= self.n_ctx
         assert len(batch.outputs) <= self.n_outputs
         n_same = 0
@@ -47,7 +48,7 @@ class Gpu:
             if size != n:
                 break
             n_same += 1
-        self.now += self.seconds.get(n, 0.02) + (0.006 if n_same == 2 else 0.0)
+        self.now += self.seconds.get(n, 0.02) + {1: 0.05 / n, 2: 0.06 / n}.get(n_same, 0.0)
 
     def cut_slot(self, slot: int, n_tokens: int) -> None:
         assert self.cannot_take_back is None
@@ -90,15 +91,27 @@ def test_numbers_of_rows_that_take_longer_than_nine_are_found(
 def test_each_number_of_rows_that_requests_may_have_is_decoded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = Gpu(table(), n_seq_max=4)
+    gpu = Gpu(table(), n_seq_max=4, n_outputs=4)
     assert warmed(monkeypatch, gpu) == {}
     assert gpu.sizes == [512, 1, 2, 3, 4]
+    drafting = Gpu(table(), n_seq_max=1, n_outputs=9)
+    assert warmed(monkeypatch, drafting) == {}
+    assert drafting.sizes == [512, *range(1, 9)]
 
 
 def test_no_more_logits_are_asked_for_than_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert warmed(monkeypatch, Gpu(table(), n_outputs=8)) == {8: 9}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("n_batch", [1, 4, 8, 9])
+def test_batches_are_no_larger_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, n_batch: int, on_gpu: bool
+) -> None:
+    gpu = Gpu(table(), n_batch=n_batch, on_gpu=on_gpu, wholly_on_gpu=on_gpu)
+    assert warmed(monkeypatch, gpu) == ({8: 9} if on_gpu and n_batch == 9 else {})
 
 
 def test_a_context_hardly_larger_than_the_rows_is_not_overfilled(

@@ -7,6 +7,7 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
 
+from kvserve.core.dtypes import KvType
 from kvserve.ipc.messages import Load
 from kvserve.worker.carry.cache_log import CacheLog
 from kvserve.worker.carry.layout import StateLayout
@@ -58,6 +59,7 @@ class Context:
         ll.llama_free(self.raw)
 
     def _open(self, load: Load, n_outputs: int | None = None) -> None:
+        self._load = load
         self.vocab = self.model.vocab
         self.slower_rows: dict[int, int] = {}
         caches = CacheLog()
@@ -81,6 +83,14 @@ class Context:
     def asynchronous(self) -> bool:
         """Whether `submit` returns before the batch is computed, as it does on a GPU."""
         return self.model.on_gpu and bool(ll.llama_supports_gpu_offload())
+
+    @property
+    def tiles(self) -> bool:
+        """Whether many rows on a CPU attend in tiles (ggml_compute_forward_flash_attn_ext_f16 in
+        ggml-cpu/ops.cpp)."""
+        load = self._load
+        plain = load.type_k == load.type_v and load.type_k in {KvType.F16, KvType.F32}
+        return load.flash_attn and plain and not self.model.wholly_on_gpu
 
     @property
     def n_threads(self) -> int:

@@ -29,20 +29,24 @@ def warm_up(context: Context) -> dict[int, int]:
 
     On a GPU a whole batch goes first: what CUDA allocates for it beside llama.cpp's buffers is
     then there when the daemon measures (99 MiB for a model with 8 of 128 experts in use). Then come
-    as many rows as running requests may have: CUDA loads a kernel when it is first used, which
-    takes up to 18 ms for each number of rows.
+    as many rows as a step without prompts may have, up to 8: CUDA loads a kernel when it is first
+    used, which takes up to 18 ms for each number of rows.
     """
-    n_most = n_rows = 1
-    if context.model.on_gpu and context.cannot_take_back is None:
-        n_rows = min(context.n_seq_max, _MOST_VECTORS)
-        n_most = min(n_rows + 1, context.n_batch, context.n_ctx - 1)
-    n_first = context.n_batch if context.model.on_gpu else _CPU_TOKENS
-    decodes = _Decodes(context, max(min(n_first, context.n_ctx - n_most), 1))
-    for n in range(1, min(n_rows, n_most) + 1):
+    on_gpu, n_batch, n_ctx = context.model.on_gpu, context.n_batch, context.n_ctx
+    n_rows = 1
+    if on_gpu and context.cannot_take_back is None:
+        n_rows = max(min(context.n_outputs, _MOST_VECTORS, n_batch, n_ctx - 1), 1)
+    n_most = _MOST_VECTORS + 1
+    pads = context.model.wholly_on_gpu and context.model.n_window is None
+    pads = pads and n_rows == _MOST_VECTORS <= context.n_seq_max
+    pads = pads and n_most <= min(n_batch, n_ctx - 1)
+    n_first = min(n_batch, n_batch if on_gpu else _CPU_TOKENS)
+    decodes = _Decodes(context, max(min(n_first, n_ctx - (n_most if pads else n_rows)), 1))
+    for n in range(1, n_rows + 1):
         decodes.seconds(n)
     context.logits(1)
     slower: dict[int, int] = {}
-    if n_most > _MOST_VECTORS and context.model.wholly_on_gpu and context.model.n_window is None:
+    if pads:
         best = decodes.settled_seconds(n_most)
         while n_rows > 1 and best < decodes.settled_seconds(n_rows) * _WORTH:
             slower[n_rows] = n_most
@@ -56,8 +60,9 @@ class _Decodes:
 
     def __init__(self, context: Context, n: int) -> None:
         self._context, self._n = context, n
-        self._tokens = np.arange(n + _MOST_VECTORS, dtype=np.int32) % context.vocab.n_tokens
-        self._batch = Batch(len(self._tokens))
+        self._tokens = np.arange(max(n, _MOST_VECTORS + 1), dtype=np.int32)
+        self._tokens %= context.vocab.n_tokens
+        self._batch = Batch(max(n, _MOST_VECTORS + 1))
         self._batch.add(self._tokens[:n], 0, 0, last=True)
         context.decode(self._batch)
 
