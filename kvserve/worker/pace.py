@@ -120,7 +120,7 @@ class Pace:
             return
         self._mixed = n_others > 0
         others_s = self._steps.estimate(n_others, self._seconds_per_token)
-        if n_prefilled < (_FEWEST_BESIDE if others_s is not None else _FEWEST):
+        if n_prefilled < (_FEWEST_BESIDE if n_others and others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
         if others_s is not None:

@@ -63,7 +63,7 @@ class Scheduler:
 
     @property
     def n_unread(self) -> int:
-        """Prompt tokens of those requests, cached or not."""
+        """Prompt tokens that those `n_unanswered` have left, cached or not."""
         waiting = itertools.islice(self._waiting, self.n_slots - len(self._running))
         n_begun = sum(entry.n_left for entry in self._running if not entry.decoding)
         return n_begun + sum(entry.n_tokens for entry in waiting)

@@ -223,6 +223,15 @@ def test_a_short_prompt_alone_does_not_make_tokens_look_dear() -> None:
     assert pace.limit(1, 7) > 1.5 * min(2.2 * 7 * step, 0.05) / alone
 
 
+def test_the_few_new_tokens_of_a_conversation_say_nothing() -> None:
+    """Nearly all of their time goes to the weights."""
+    pace = warm(MACHINES[0], 4)
+    before = pace.limit(4)
+    for _ in range(20):
+        pace.observe(10, 10, gpu(0, 10))
+    assert pace.limit(4) == before
+
+
 def test_few_streams_beside_many_that_wait_bear_the_steps_of_all() -> None:
     small = Machine("a small model on two cores", lambda n, m: 0.013 + 0.0058 * n + 0.0024 * m)
 
