@@ -6,6 +6,10 @@ from kvserve.core.machine import Backend
 from kvserve.core.plan import Launch
 from kvserve.ipc.messages import Load
 
+_OPENMP_WAITS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+_SPIN_COUNT = "20000"
+"""A fifteenth of libgomp's own (docs/performance.md)."""
+
 
 def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
     """The message that has a process load a model as `launch` says."""
@@ -29,9 +33,16 @@ def load_of(model_path: str, launch: Launch, n_threads: int) -> Load:
 
 def worker_environment(backend: Backend) -> dict[str, str]:
     """The daemon's environment, with CUDA's device order made NVML's, and without GPUs for a
-    worker that uses none: a visible GPU costs a CUDA context before any load."""
+    worker that uses none: a visible GPU costs a CUDA context before any load.
+
+    OpenMP's threads on a CPU wait for each other busily for a shorter time, unless the daemon's own
+    environment says how they should: while a reload's two workers share the cores, each waited out
+    its turn for threads of the other.
+    """
     environment = dict(os.environ)
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if backend is Backend.CPU:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        if not _OPENMP_WAITS & environment.keys():
+            environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
     return environment
