@@ -164,8 +164,8 @@ class Scheduler:
         shares = share(prefilling, budget, self._n_outputs_each())
         chunks += [chunk_of(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
-        self.cache.make_room(len(decoding) + n_drafted + n_prefill)
         n_rows = len(decoding) + n_drafted + n_prefill
+        self.cache.make_room(n_rows)
         n_pad = 0 if n_drafted or n_prefill else self._n_pad(n_rows)
         if n_rows + n_pad > min(self.cache.n_free, self.n_batch):
             n_pad = 0

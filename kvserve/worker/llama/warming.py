@@ -33,14 +33,17 @@ def warm_up(context: Context) -> dict[int, int]:
     used, which takes up to 18 ms for each number of rows.
     """
     on_gpu, n_batch, n_ctx = context.model.on_gpu, context.n_batch, context.n_ctx
+    n_most = min(_MOST_VECTORS + 1, n_batch, n_ctx - 1)
     n_rows = 1
     if on_gpu and context.cannot_take_back is None:
-        n_rows = max(min(context.n_outputs, _MOST_VECTORS, n_batch, n_ctx - 1), 1)
-    n_most = _MOST_VECTORS + 1
-    pads = context.model.wholly_on_gpu and context.model.n_window is None
-    pads = pads and n_rows == _MOST_VECTORS <= context.n_seq_max
-    pads = pads and n_most <= min(n_batch, n_ctx - 1)
-    n_first = min(n_batch, n_batch if on_gpu else _CPU_TOKENS)
+        n_rows = max(min(context.n_outputs, _MOST_VECTORS, n_most), 1)
+    pads = (
+        context.model.wholly_on_gpu
+        and context.model.n_window is None
+        and n_rows == _MOST_VECTORS <= context.n_seq_max
+        and n_most > _MOST_VECTORS
+    )
+    n_first = n_batch if on_gpu else min(n_batch, _CPU_TOKENS)
     decodes = _Decodes(context, max(min(n_first, n_ctx - (n_most if pads else n_rows)), 1))
     for n in range(1, n_rows + 1):
         decodes.seconds(n)
