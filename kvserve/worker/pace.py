@@ -4,11 +4,19 @@ from collections import deque
 from statistics import median_low
 
 _ALONE_S = 1.0
-_STRETCH, _SHARED_STRETCH = 1.2, 2.2
-"""Beside streams, one waiting prompt may take so many times as long as the streams' own step: with
-it the gap between two of their tokens stays below three times what it is without a prompt, also
-where the process is held up a little now and then. Each of several may take more: fewer and larger
-pieces are read sooner, and their requests are the next streams."""
+_LONGEST_GAP = 2.8
+"""In all but one of a hundred steps that read one prompt, the gap between two tokens of a stream
+shall be at most so many times what it is without (three, as a client sees it)."""
+_STRETCH, _LEAST_STRETCH, _MOST_STRETCH = 1.2, 0.5, 1.4
+"""For that, a waiting prompt may take so many times as long as the streams' own step: at first, at
+least and at most. How much there must be to spare for what holds the process up now and then is
+learned:"""
+_TOO_LONG, _SHORT = 0.94, 1.0004
+"""the stretch after a longer gap and after any other one, in stretches before. It stands still
+where 0.6 % of the gaps are longer."""
+_SHARED_STRETCH = 2.2
+"""Each of several prompts may take so many of the streams' steps: fewer and larger pieces are read
+sooner, and their requests are the next streams."""
 _LEAST_BOUND_S, _MOST_BOUND_S = 0.05, 0.15
 _BOUND_STEPS = 4
 """Where several wait, their prompts may take so many steps of all that will then run, within those
@@ -50,7 +58,9 @@ class Pace:
         "_on_gpu",
         "_rows",
         "_seconds_per_token",
+        "_shared",
         "_steps",
+        "_stretch",
         "_tiles",
     )
 
@@ -64,6 +74,8 @@ class Pace:
         self._steps = _StreamSteps()
         self._granted = 0
         self._mixed = False
+        self._shared = False
+        self._stretch = _STRETCH
 
     def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
         """The most prompt tokens for the next step, beside `n_decoding` running streams.
@@ -74,6 +86,7 @@ class Pace:
         8 ms, and each 256th cell makes the captured one useless (ggml_backend_cuda_graph_compute
         in ggml-cuda.cu).
         """
+        self._shared = n_waiting > 1
         limit = self._limit(n_decoding, n_waiting)
         if n_decoding:
             limit = min(limit, max(self._n_batch - n_decoding, 1))
@@ -107,8 +120,11 @@ class Pace:
         n_rows += -n_rows % self._rows
         return min(n_rows - n_decoding, self._n_batch)
 
-    def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
-        """Learn from a step of `n_tokens`, of which `n_prefilled` were prompt tokens.
+    def observe(
+        self, n_prefilled: int, n_tokens: int, seconds: float, gap: float | None = None
+    ) -> None:
+        """Learn from a step of `n_tokens`, of which `n_prefilled` were prompt tokens. Its streams
+        had their tokens `gap` seconds after those before.
 
         Steps with few prompt tokens say little about prefill and are left out.
         """
@@ -120,6 +136,8 @@ class Pace:
             return
         self._mixed = n_others > 0
         others_s = self._steps.estimate(n_others, self._seconds_per_token)
+        if n_others and others_s is not None and gap is not None and not self._shared:
+            self._learn_stretch(gap / others_s)
         if n_prefilled < (_FEWEST_BESIDE if n_others and others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
@@ -132,13 +150,17 @@ class Pace:
             measured if known is None else known + _SMOOTHING * (measured - known)
         )
 
+    def _learn_stretch(self, times_idle: float) -> None:
+        changed = self._stretch * (_TOO_LONG if times_idle > _LONGEST_GAP else _SHORT)
+        self._stretch = min(max(changed, _LEAST_STRETCH), _MOST_STRETCH)
+
     def _seconds_beside(self, n_decoding: int, n_waiting: int) -> float:
         step = self._steps.estimate(n_decoding, self._seconds_per_token)
         if step is None:
             return _MOST_BOUND_S
         coming = self._steps.estimate(n_decoding + n_waiting, self._seconds_per_token) or step
         bound = min(max(_BOUND_STEPS * coming, _LEAST_BOUND_S), _MOST_BOUND_S)
-        stretch = _STRETCH if n_waiting < 2 else _SHARED_STRETCH * n_waiting
+        stretch = self._stretch if n_waiting < 2 else _SHARED_STRETCH * n_waiting
         return min(stretch * step, max(bound, step))
 
 

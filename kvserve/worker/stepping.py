@@ -76,6 +76,7 @@ class Stepper:
             tiles=context.tiles,
         )
         self._jobs: dict[int, Job] = {}
+        self._drawn_at = 0.0
         self._foreseen: dict[int, Draft] = {}
 
     def __contains__(self, request: int) -> bool:
@@ -128,10 +129,11 @@ class Stepper:
     def _draw(self, plan: Plan, asks: list[Ask], begun: float) -> _Decoded:
         decoded = time.monotonic()
         drawn = self._executor.draw(plan, self._jobs)
-        seconds = time.monotonic() - begun
+        last, self._drawn_at = self._drawn_at, time.monotonic()
+        seconds = self._drawn_at - begun
         # What is drawn after a prompt (a first mask, scores) says nothing of its tokens.
         counted = decoded - begun if plan.n_prefill else seconds
-        self._pace.observe(plan.n_prefill, plan.n_tokens, counted)
+        self._pace.observe(plan.n_prefill, plan.n_tokens, counted, self._drawn_at - last)
         return _Decoded(plan, drawn, {ask.id for ask in asks}, seconds)
 
     def _goes_on(self, done: _Decoded) -> bool:

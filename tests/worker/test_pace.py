@@ -70,6 +70,46 @@ def test_a_long_prompt_makes_no_step_three_times_as_long(machine: Machine, n_dec
     assert sum(steps) < 3.5 * alone
 
 
+@pytest.mark.parametrize("held_up_s", [0.0, 0.004, 0.005])
+def test_what_holds_steps_up_is_taken_off_the_prompts_share(held_up_s: float) -> None:
+    """One gap in fifty is longer than its step, whatever the step's size: the host does that."""
+    rng = random.Random(5)
+    pace, idle = warm(MACHINES[0], 4), gpu(4, 0)
+    gaps, sizes = [], []
+    for _ in range(6000):
+        n = pace.limit(4)
+        gaps.append(gpu(4, n) + (held_up_s if rng.random() < 0.02 else 0.0))
+        sizes.append(n)
+        pace.observe(n, n + 4, gpu(4, n), gaps[-1])
+    assert sum(gap > 3 * idle for gap in gaps[1000:]) <= 0.01 * 5000
+    quiet = warm(MACHINES[0], 4)
+    assert (sum(sizes[-100:]) > 100 * quiet.limit(4)) == (held_up_s < 0.001)
+
+
+def grown(pace: Pace, gap: Callable[[int], float | None], n_waiting: int = 1) -> int:
+    """Prompt tokens for a step beside four streams, after some with such gaps."""
+    for _ in range(40):
+        n = pace.limit(4, n_waiting)
+        pace.observe(n, n + 4, gpu(4, n), gap(n))
+    return pace.limit(4)
+
+
+def test_one_long_gap_changes_little() -> None:
+    """A pause for a reload, say."""
+    pace = warm(MACHINES[0], 4)
+    before = grown(pace, lambda n: gpu(4, n))
+    pace.observe(before, before + 4, gpu(4, before), 20.0)
+    assert 0.8 * before <= grown(pace, lambda n: gpu(4, n)) <= before
+
+
+def test_gaps_of_steps_for_several_prompts_say_nothing_of_one() -> None:
+    def after(times: float) -> int:
+        return grown(warm(MACHINES[0], 4), lambda n: times * gpu(4, n), n_waiting=8)
+
+    assert after(3.0) == after(1.0)
+    assert grown(warm(MACHINES[0], 4), lambda n: 3 * gpu(4, n)) < after(1.0)
+
+
 def test_where_a_token_takes_long_a_prompt_still_moves() -> None:
     machine = MACHINES[2]
     steps = read(machine, warm(machine, 1), 1, 256)

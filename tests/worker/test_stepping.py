@@ -196,12 +196,15 @@ def test_a_draft_of_nothing_is_none(context: Context, monkeypatch: pytest.Monkey
 def test_the_pace_knows_what_computes_and_what_waits(
     context: Context, monkeypatch: pytest.MonkeyPatch, wholly_on_gpu: bool
 ) -> None:
-    asked, told, observed = [], [], []
+    asked, told, observed, gaps = [], [], [], []
 
     class Recording(Pace):
-        def observe(self, n_prefilled: int, n_tokens: int, seconds: float) -> None:
+        def observe(
+            self, n_prefilled: int, n_tokens: int, seconds: float, gap: float | None = None
+        ) -> None:
             observed.append((n_prefilled > 0, seconds))
-            super().observe(n_prefilled, n_tokens, seconds)
+            gaps.append((time.monotonic(), gap, seconds))
+            super().observe(n_prefilled, n_tokens, seconds, gap)
 
         def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
             asked.append((n_decoding, n_waiting, n_unread))
@@ -228,3 +231,5 @@ def test_the_pace_knows_what_computes_and_what_waits(
     # What is drawn is a part of the streams' steps, not of what prompt tokens take.
     assert median(seconds for reads, seconds in observed if reads) < 0.02
     assert min(seconds for reads, seconds in observed if not reads) >= 0.02
+    assert all(gap >= seconds for _, gap, seconds in gaps)
+    assert sum(gap for _, gap, _ in gaps[1:]) == pytest.approx(gaps[-1][0] - gaps[0][0], rel=0.05)
