@@ -32,11 +32,13 @@ class Clear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Store:
-    """Sequence `slot`, with cells for `tokens`, is about to be given up: copy it elsewhere."""
+    """Sequence `slot`, with cells for `tokens`, is about to lose those after its first `n_left`:
+    copy them elsewhere."""
 
     slot: int
     tokens: NDArray[np.int32]
     salt: str
+    n_left: int
 
 
 Operation = Copy | Cut | Clear | Store

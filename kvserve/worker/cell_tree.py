@@ -36,7 +36,8 @@ class Branch:
 @dataclass(slots=True, eq=False)
 class CachedSequence:
     """One sequence of the cache: cells for `tokens[:n_cells]`, under llama.cpp's id `slot`.
-    `n_stored` of them are in host memory too; `wanted` is one whose request comes back."""
+    `n_stored` of them are in host memory too; `wanted` is one whose request comes back, `leaving`
+    one whose end is stored and given up already."""
 
     slot: int
     tokens: Tokens
@@ -45,6 +46,7 @@ class CachedSequence:
     running: bool = True
     n_stored: int = 0
     wanted: bool = False
+    leaving: bool = False
 
     @property
     def n_cells(self) -> int:

@@ -46,6 +46,7 @@ class ColdStore:
     def __init__(self, limit_bytes: int, *, whole: bool) -> None:
         self.limit_bytes = limit_bytes
         self.n_bytes = 0
+        self.reserved_bytes = 0
         self._whole = whole
         self._stored: OrderedDict[Stored, None] = OrderedDict()
 
@@ -59,7 +60,7 @@ class ColdStore:
 
     def put(self, stored: Stored) -> None:
         """Keep a sequence. What it makes superfluous goes, and the oldest if there is no room."""
-        if stored.state.n_bytes > self.limit_bytes:
+        if stored.state.n_bytes > self.limit_bytes - self.reserved_bytes:
             stored.state.close()
             return
         for other in list(self._stored):
@@ -67,8 +68,7 @@ class ColdStore:
             replaced = begins and (not self._whole or len(other.tokens) == len(stored.tokens))
             if other.salt == stored.salt and replaced:
                 self._drop(other)
-        while self.n_bytes + stored.state.n_bytes > self.limit_bytes or len(self) >= MOST:
-            self._drop(next(iter(self._stored)))
+        self._make_room(stored.state.n_bytes)
         self._stored[stored] = None
         self.n_bytes += stored.state.n_bytes
 
@@ -86,10 +86,33 @@ class ColdStore:
                 best = stored, n_both
         return best
 
+    def reserve(self, n_bytes: int) -> bool:
+        """Set memory aside for what is to be put; the oldest go. False where there is too little.
+        The caller gives it back by `reserved_bytes`."""
+        if self.reserved_bytes + n_bytes > self.limit_bytes:
+            return False
+        self._make_room(n_bytes)
+        self.reserved_bytes += n_bytes
+        return True
+
+    def covers(self, tokens: Tokens, salt: str) -> bool:
+        """Whether all that a sequence of `tokens` holds is here."""
+        return any(
+            stored.salt == salt
+            and n_common(stored.tokens, tokens) == len(tokens)
+            and (not self._whole or len(stored.tokens) == len(tokens))
+            for stored in self._stored
+        )
+
     def take(self, stored: Stored) -> None:
         """Hand one over: it is the caller's to `put` back or to close."""
         del self._stored[stored]
         self.n_bytes -= stored.state.n_bytes
+
+    def _make_room(self, n_bytes: int) -> None:
+        limit_bytes = self.limit_bytes - self.reserved_bytes
+        while self._stored and (self.n_bytes + n_bytes > limit_bytes or len(self) >= MOST):
+            self._drop(next(iter(self._stored)))
 
     def _drop(self, stored: Stored) -> None:
         self.take(stored)

@@ -106,7 +106,7 @@ class Pace:
             return min(_FIRST, self._n_batch)
         if not n_decoding:
             return self._whole(0, max(int(_ALONE_S / self._seconds_per_token), _FEWEST))
-        affordable = int(self._seconds_beside(n_decoding, n_waiting) / self._seconds_per_token)
+        affordable = int(self.seconds_beside(n_decoding, n_waiting) / self._seconds_per_token)
         if self._mixed:
             if self._granted <= affordable < _STEADY * self._granted:
                 return self._whole(n_decoding, self._granted)
@@ -154,7 +154,8 @@ class Pace:
         changed = self._stretch * (_TOO_LONG if times_idle > _LONGEST_GAP else _SHORT)
         self._stretch = min(max(changed, _LEAST_STRETCH), _MOST_STRETCH)
 
-    def _seconds_beside(self, n_decoding: int, n_waiting: int) -> float:
+    def seconds_beside(self, n_decoding: int, n_waiting: int = 1) -> float:
+        """What `n_decoding` running streams can wait beside their own step for those that wait."""
         step = self._steps.estimate(n_decoding, self._seconds_per_token)
         if step is None:
             return _MOST_BOUND_S

@@ -19,6 +19,8 @@ _SHORTEST = 16
 _NO_ID = -1
 _EVICTED_SHARE = 64
 """At least a 64th of all cells is given up at a time, lest a running request ask at every step."""
+_STORED_CELLS = 32
+"""Where they are stored first, fewer: the streams wait for the copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,27 @@ class PrefixCache:
             self._free_slots.append(self._take_slot())
         return self._free_slots[-1]
 
+    @property
+    def spare_id(self) -> int | None:
+        """A free sequence id that batches cannot use."""
+        return self._free_spares[-1] if self._free_spares else None
+
     def adopt(self, slot: int, tokens: Tokens, salt: str, n_stored: int = 0) -> None:
         """Keep a sequence that was read from elsewhere under a free id. `n_stored` of its tokens
         are in host memory already."""
+        sequence = self.receive(slot, tokens, salt)
+        self.append(sequence, len(tokens))
+        self.arrived(sequence, n_stored)
+
+    def receive(self, slot: int, tokens: Tokens, salt: str) -> CachedSequence:
+        """Begin a sequence that is read from elsewhere under a free id. What is `append`ed is not
+        given up before it has `arrived`."""
         (self._free_slots if slot < self._n_slots else self._free_spares).remove(slot)
-        sequence = self._tree.open(slot, tokens, salt)
-        self._tree.append(sequence, len(tokens))
+        return self._tree.open(slot, tokens, salt)
+
+    def arrived(self, sequence: CachedSequence, n_stored: int = 0) -> None:
+        """Keep a sequence that is there as far as it is wanted. `n_stored` of its tokens are in
+        host memory already."""
         self._tree.stop(sequence)
         sequence.n_stored = n_stored
         self._kept[sequence] = None
@@ -196,13 +213,15 @@ class PrefixCache:
             victim = next(victims, None)
             if victim is None:
                 return
-            self._store(victim)
-            self._shrink(victim, max(n_missing, self._n_cells // _EVICTED_SHARE))
+            least = self._n_cells // _EVICTED_SHARE
+            if self._is_to_store(victim):
+                least = min(least, _STORED_CELLS)
+            self._shrink(victim, max(n_missing, least), stores=True)
 
     def evict_oldest(self) -> bool:
         """Give the least recently used kept sequence up; False where none is kept."""
         for oldest in self._kept:
-            self._store(oldest)
+            self._store(oldest, 0)
             self._evict(oldest)
             return True
         return False
@@ -243,6 +262,7 @@ class PrefixCache:
             self._operations.append(Cut(sequence.slot, reuse.n_tokens))
             self._tree.cut(sequence, reuse.n_tokens)
         sequence.n_stored = min(sequence.n_stored, sequence.n_cells)
+        sequence.leaving = False
         self._tree.resume(sequence, tokens)
         if sequence.slot >= self._n_slots:
             self._move(sequence, self._take_slot())
@@ -257,7 +277,7 @@ class PrefixCache:
             if self._free_spares:
                 self._move(oldest, self._free_spares.pop())
             else:
-                self._store(oldest)
+                self._store(oldest, 0)
                 self._evict(oldest)
         return self._free_slots.pop()
 
@@ -285,23 +305,33 @@ class PrefixCache:
             self._worth.remember(oldest.tokens[: oldest.n_cells], oldest.salt)
             self._shrink(oldest, n_over)
 
-    def _shrink(self, victim: CachedSequence, n_cells: int) -> None:
+    def _shrink(self, victim: CachedSequence, n_cells: int, *, stores: bool = False) -> None:
         """Take some of a kept sequence's own cells away, from its end, or all of it."""
         n_left = victim.n_cells - n_cells
         own = victim.tail if len(victim.tail.sequences) == 1 else None
         if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
+            n_left = 0
+        if stores or victim.leaving:
+            self._store(victim, n_left)
+        if not n_left:
             self._evict(victim)
             return
         self._operations.append(Cut(victim.slot, n_left))
         self._tree.cut(victim, n_left)
 
-    def _store(self, sequence: CachedSequence) -> None:
-        """Have a sequence stored before others get its cells, unless it is already."""
+    def _is_to_store(self, sequence: CachedSequence) -> bool:
+        """Whether a sequence is stored before others get its cells: it is not yet, or its end is
+        and the rest follows."""
         worth = sequence.wanted or self._worth.pays
-        if self._stores and worth and sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1):
+        new = worth and sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1)
+        return self._stores and (sequence.leaving or new)
+
+    def _store(self, sequence: CachedSequence, n_left: int) -> None:
+        """Have what a sequence loses stored, if it is to be."""
+        if self._is_to_store(sequence):
             tokens = sequence.tokens[: sequence.n_cells].copy()
-            self._operations.append(Store(sequence.slot, tokens, sequence.salt))
-            sequence.n_stored = sequence.n_cells
+            self._operations.append(Store(sequence.slot, tokens, sequence.salt, n_left))
+            sequence.leaving = True
 
     def _evict(self, sequence: CachedSequence) -> None:
         del self._kept[sequence]

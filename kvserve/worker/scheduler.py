@@ -32,7 +32,8 @@ class Scheduler:
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
     refuses longer prompts and ends longer answers. A step checks at most `n_draft` drafted tokens;
     with a sliding window they must be in one micro-batch of `n_ubatch`. Steps of as many rows as
-    a key of `rows` tells take less time with the rows that its value tells.
+    a key of `rows` tells take less time with the rows that its value tells. The request `held` is
+    not admitted yet, nor are those behind it.
     """
 
     n_cells: int
@@ -42,6 +43,7 @@ class Scheduler:
     n_draft: int = 0
     n_ubatch: int = 0
     rows: Mapping[int, int] = field(default_factory=dict)
+    held: int | None = None
     _waiting: deque[Entry] = field(default_factory=deque)
     _running: list[Entry] = field(default_factory=list)
     _closed: bool = False
@@ -55,6 +57,11 @@ class Scheduler:
     def n_decoding(self) -> int:
         """Requests that generate."""
         return sum(entry.decoding for entry in self._running)
+
+    @property
+    def n_reading(self) -> int:
+        """Requests that have a place and no token yet."""
+        return len(self._running) - self.n_decoding
 
     @property
     def n_unanswered(self) -> int:
@@ -121,8 +128,9 @@ class Scheduler:
         entry.n_tokens += n_tokens
         entry.decoding = True
 
-    def next_admissible(self) -> list[tuple[Tokens, str]]:
-        """Beginnings and salts of the requests that the next `plan` admits whatever is cached."""
+    def next_admissible(self) -> list[tuple[int, Tokens, str]]:
+        """Ids, beginnings and salts of the requests that the next `plan` admits whatever is
+        cached."""
         found = []
         n_promised, n_running = self._n_cells_promised(), len(self._running)
         for entry in self._waiting:
@@ -131,7 +139,7 @@ class Scheduler:
             fits = n_running == 0 or n_promised + growth <= self.n_cells
             if self._closed or n_running >= self.n_slots or not fits:
                 break
-            found.append((entry.reusable, entry.salt))
+            found.append((entry.id, entry.reusable, entry.salt))
             n_running += 1
         return found
 
@@ -242,6 +250,8 @@ class Scheduler:
         admitted = []
         while self._waiting and len(self._running) < self.n_slots and not self._closed:
             entry = self._waiting[0]
+            if entry.id == self.held:
+                break
             reuse = self.cache.find(entry.reusable, entry.salt)
             self._follow(entry, self._running, reuse)
             n_new = entry.n_promised - (reuse.n_pinned if reuse and entry.leader is None else 0)

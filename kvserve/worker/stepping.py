@@ -98,9 +98,9 @@ class Stepper:
 
     def step(self) -> None:
         """Decode a batch, and more of them while nothing changes but the tokens."""
-        self._cold.restore(self._scheduler)
-        asks = self._asks()
         scheduler = self._scheduler
+        self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
+        asks = self._asks()
         n_prefill = self._pace.limit(
             scheduler.n_decoding, scheduler.n_unanswered, scheduler.n_unread
         )
@@ -141,6 +141,8 @@ class Stepper:
         nobody else can, and nothing was drawn that makes a draft worth its place."""
         n_ctx, foreseen = self._context.n_ctx, self._foreseen
         if done.plan.n_prefill or done.plan.n_drafted or self._disturbed():
+            return False
+        if self._cold.restoring:
             return False
         if self._speculator is not None and not self._speculator.foresees:
             return False

@@ -131,6 +131,12 @@ def _states(spec: Spec) -> Metadata:
     }
 
 
+def _sections(spec: Spec) -> Metadata:
+    """M-RoPE: positions in time, height and width."""
+    quarter = spec.head // 8
+    return _heads(spec) | {".rope.dimension_sections": [quarter, quarter, quarter, quarter]}
+
+
 def _hybrid(spec: Spec) -> Metadata:
     quarter = spec.head // 8
     return {
@@ -321,6 +327,7 @@ def _qwen35_mixer(spec: Spec, layer: int) -> _Block:
 FAMILIES: dict[str, Family] = {
     "llama": Family(_heads, _llama_block),
     "qwen2": Family(_heads, _qwen2_block),
+    "qwen2vl": Family(_sections, _qwen2_block),
     "qwen3": Family(_heads, _qwen3_block),
     "qwen3moe": Family(lambda spec: _heads(spec) | _experts(spec), _qwen3moe_block),
     "phi3": Family(_heads, _phi3_block),

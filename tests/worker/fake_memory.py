@@ -57,7 +57,7 @@ class FakeMemory:
                 case Clear(slot):
                     self.sequences.pop(slot, None)
                     self.lowest.pop(slot, None)
-                case Store(slot, tokens, _):
+                case Store(slot, tokens, _, _):
                     assert self.tokens(slot) == tokens.tolist()
                     self.stored.append(tokens.tolist())
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from kvserve.worker.cell_rules import Clear, Rules, Store
+from kvserve.worker.cell_rules import Clear, Cut, Rules, Store
+from kvserve.worker.cell_tree import CachedSequence
 from kvserve.worker.cold_store import MOST, SHORTEST, ColdStore, Stored
 from kvserve.worker.prefix_cache import PrefixCache
 from tests.worker.fake_memory import PLAIN
@@ -80,20 +81,93 @@ def cache_of(**fields: bool) -> PrefixCache:
     return PrefixCache(1000, 2, PLAIN, lambda _slot: 0, 1, **fields)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_what_must_go_is_stored_once_before_its_cells_are_given_up(wanted: bool) -> None:
-    cache = cache_of(stores=True)
-    sequence = cache.open(tokens(600), "mine", None)
-    cache.append(sequence, 600)
+def kept_in(cache: PrefixCache, text: np.ndarray, *, wanted: bool = False) -> CachedSequence:
+    sequence = cache.open(text, "mine", None)
+    cache.append(sequence, len(text))
     cache.keep(sequence, wanted=wanted)
     cache.take_operations()
-    cache.make_room(450)
-    cache.make_room(800)
+    return sequence
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_must_go_is_stored_just_before_its_cells_are_given_up(wanted: bool) -> None:
+    cache = cache_of(stores=True)
+    kept_in(cache, tokens(600), wanted=wanted)
+    for n_wanted in (450, 460, 800, 1000):
+        cache.make_room(n_wanted)
     operations = cache.take_operations()
-    stores = [one for one in operations if isinstance(one, Store)]
-    assert len(stores) == 1
-    assert operations[0] is stores[0]
-    assert (stores[0].salt, stores[0].tokens.tolist()) == ("mine", tokens(600).tolist())
+    n_cells, stores, cuts = 600, operations[::2], operations[1::2]
+    for store, cut in zip(stores, cuts, strict=True):
+        assert isinstance(store, Store)
+        assert (store.salt, store.tokens.tolist()) == ("mine", tokens(n_cells).tolist())
+        assert cut == (Cut(0, store.n_left) if store.n_left else Clear(0))
+        n_cells = store.n_left
+    assert n_cells == 0
+    assert [store.n_left for store in stores] == [550, 535, 200, 0]
+
+
+def test_where_nothing_is_stored_more_is_given_up_at_a_time() -> None:
+    cache = PrefixCache(6400, 2, PLAIN, lambda _slot: 0, 1)
+    sequence = kept_in(cache, tokens(6000))
+    cache.make_room(401)
+    assert sequence.n_cells == 5900
+
+
+def test_one_that_is_trimmed_after_a_part_of_it_was_stored_is_stored_whole() -> None:
+    cache = cache_of(stores=True)
+    kept_in(cache, tokens(600))
+    cache.make_room(500)
+    cache.take_operations()
+    for n in range(60):
+        cache.observe(tokens(300, 1000 * n), "", 0)
+    other = cache.open(tokens(100, 5000), "", None)
+    cache.append(other, 100)
+    cache.keep(other)
+    stores = [one for one in cache.take_operations() if isinstance(one, Store)]
+    assert stores[-1].n_left == 0
+
+
+def test_one_that_runs_again_begins_to_leave_anew() -> None:
+    cache = cache_of(stores=True)
+    kept_in(cache, tokens(600))
+    cache.make_room(500)
+    again = cache.find(tokens(700), "mine")
+    assert again is not None
+    sequence = cache.open(tokens(700), "mine", again)
+    cache.append(sequence, 700 - sequence.n_cells)
+    cache.keep(sequence)
+    cache.take_operations()
+    cache.make_room(400)
+    store = cache.take_operations()[0]
+    assert isinstance(store, Store)
+    assert store.tokens.tolist() == tokens(700).tolist()
+
+
+def test_memory_that_is_set_aside_is_not_for_others() -> None:
+    store = ColdStore(30, whole=False)
+    every = [stored(300, first=1000 * n) for n in range(3)]
+    for one in every:
+        store.put(one)
+    assert store.reserve(15)
+    assert [one.state.closed for one in every] == [True, True, False]
+    assert not store.reserve(16)
+    large = stored(300, first=9000, n_bytes=16)
+    store.put(large)
+    assert large.state.closed
+    assert (store.n_bytes, store.reserved_bytes) == (10, 15)
+    store.reserved_bytes -= 15
+    store.put(stored(300, first=8000, n_bytes=20))
+    assert store.n_bytes == 30
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_there_already_is_known(whole: bool) -> None:
+    store = ColdStore(100, whole=whole)
+    store.put(stored(400, salt="mine"))
+    assert store.covers(tokens(400), "mine")
+    assert store.covers(tokens(300), "mine") == (not whole)
+    assert not store.covers(tokens(400), "yours")
+    assert not store.covers(tokens(401), "mine")
 
 
 def test_a_load_that_reuses_nothing_stores_nothing_but_what_comes_back() -> None:

@@ -170,15 +170,18 @@ class Blank:
     """A memory file of `n_bytes` whose pages are there and mapped already.
 
     The kernel zeroes pages at 1 to 5 GB/s, and maps them one fault at a time at 2 to 3: who makes
-    the file ahead waits for neither. Raises OSError where the kernel gives no memory.
+    the file ahead waits for neither. Without `populated` nothing of it is there yet: for who
+    writes it bit by bit. Raises OSError where the kernel gives no memory.
     """
 
-    def __init__(self, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int, *, populated: bool = True) -> None:
         self.fd = os.memfd_create("kvserve-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._file: Bytes | None = None
         try:
             os.ftruncate(self.fd, n_bytes)
-            self._file: Bytes | None = _mapped(self.fd, n_bytes)
-            _populate(self._file)
+            if populated:
+                self._file = _mapped(self.fd, n_bytes)
+                _populate(self._file)
         except BaseException:
             self._file = None
             os.close(self.fd)

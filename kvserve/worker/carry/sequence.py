@@ -19,7 +19,7 @@ from kvserve.worker.carry.memory_file import (
 )
 from kvserve.worker.carry.nameless import name_cells
 from kvserve.worker.carry.refusal import CannotCarry, Reason
-from kvserve.worker.carry.structure import Bytes, CacheState, parse
+from kvserve.worker.carry.structure import Bytes, CacheState, SequenceState, parse
 from kvserve.worker.llama import VERSION, CacheFull, Context, DecodeError
 
 
@@ -52,7 +52,7 @@ def export_sequence(
 
     canary = canary and len(tokens) > n_cached and slot < context.n_seq_max
     try:
-        layout = _exportable(context, slot, salt)
+        layout = exportable(context, slot, salt)
         if len(tokens) - n_cached not in (0, 1):
             told = f"{n_cached} tokens in the cache, and {len(tokens)} told"
             raise CannotCarry(Reason.EXPORT, told)
@@ -60,7 +60,7 @@ def export_sequence(
         if blank is not None:
             blank.close()
         raise
-    span = _Span(slot, n_before, n_cached, through)
+    span = Span(slot, n_before, n_cached, through)
     return _export(context, span, layout, tokens, salt, blank, expect if canary else None)
 
 
@@ -80,17 +80,17 @@ def export_piece(
     Raises as `export_sequence` does.
     """
     try:
-        layout = _exportable(context, slot, salt)
+        layout = exportable(context, slot, salt)
     except CannotCarry:
         if blank is not None:
             blank.close()
         raise
-    span = _Span(slot, n_before, len(tokens), through)
+    span = Span(slot, n_before, len(tokens), through)
     return _export(context, span, layout, tokens, salt, blank, None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """The cells of a sequence from the first `n_before` tokens on, `n_end` being the end of what
     is exported. A part of a sequence is read under an id of its own, `through`."""
 
@@ -111,34 +111,45 @@ class _Span:
         finally:
             context.clear_slot(self.through)
 
+    def state_bytes(self, context: Context, held: int) -> int:
+        """Bytes of the state that `read` writes."""
+        return self._gap_bytes(context, held) + context.state_bytes(held)
+
+    def _gap_bytes(self, context: Context, held: int) -> int:
+        return 4 * (self.n_end - self.n_before) if held >= context.n_seq_max else 0
+
+    def read(self, context: Context, held: int, layout: StateLayout, out: Bytes) -> SequenceState:
+        """Write the state of the cells into `out`, of `state_bytes`. Raises CannotCarry."""
+        gap = self._gap_bytes(context, held)
+        n_bytes = len(out) - gap
+        n_written = context.read_state(held, out.ctypes.data + gap, n_bytes)
+        if n_written != n_bytes:
+            raise CannotCarry(Reason.EXPORT, f"llama.cpp wrote {n_written} of {n_bytes} bytes")
+        if gap:
+            name_cells(out, self.n_end - self.n_before, layout.cell_ext_bytes, held)
+        return check_span(out, layout, self.n_before, self.n_end)
+
 
 def _export(
     context: Context,
-    span: _Span,
+    span: Span,
     layout: StateLayout,
     tokens: Tokens,
     salt: str,
     blank: Blank | None,
     expect: Callable[[], LogProbs] | None,
 ) -> ExportedState:
-    n_cells = span.n_end - span.n_before
     with span.held(context) as held:
-        n_bytes = context.state_bytes(held)
-        gap = 4 * n_cells if held >= context.n_seq_max else 0
+        n_bytes = span.state_bytes(context, held)
 
         def fill(out: Bytes) -> LogProbs | None:
-            n_written = context.read_state(held, out.ctypes.data + gap, n_bytes)
-            if n_written != n_bytes:
-                raise CannotCarry(Reason.EXPORT, f"llama.cpp wrote {n_written} of {n_bytes} bytes")
-            if gap:
-                name_cells(out, n_cells, layout.cell_ext_bytes, held)
-            _check_span(out, layout, span.n_before, span.n_end)
+            span.read(context, held, layout, out)
             return expect() if expect is not None else None
 
         contents = Contents(
-            _origin(context),
+            origin_of(context),
             layout,
-            gap + n_bytes,
+            n_bytes,
             span.n_end,
             len(tokens),
             context.vocab.n_tokens if expect is not None else 0,
@@ -148,7 +159,7 @@ def _export(
         return write_state(contents, tokens, fill, blank)
 
 
-def _exportable(context: Context, slot: int, salt: str) -> StateLayout:
+def exportable(context: Context, slot: int, salt: str) -> StateLayout:
     """The layout of a sequence. Raises CannotCarry."""
     layout = context.state_layout
     if layout is None:
@@ -170,20 +181,25 @@ def import_sequence(
     """
     context.clear_slot(slot)
     contents = state.contents
-    if contents.origin != _origin(context):
-        raise CannotCarry(Reason.IDENTITY, "the state is of another model, build or RoPE setting")
-    if state.layout != context.state_layout:
-        raise CannotCarry(Reason.LAYOUT, "the state has other types or rotation than this cache")
+    check_origin(context, state)
     if contents.n_cached > context.n_ctx:
         raise CannotCarry(
             Reason.IMPORT, f"{contents.n_cached} tokens, and the context has {context.n_ctx}"
         )
     data = state.view() if data is None else data
-    _check_span(data, state.layout, contents.n_before, contents.n_cached)
+    check_span(data, state.layout, contents.n_before, contents.n_cached)
     n_read = context.write_state(slot, data.ctypes.data, contents.state_bytes)
     if n_read != contents.state_bytes:
         context.clear_slot(slot)
         raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {contents.state_bytes} bytes")
+
+
+def check_origin(context: Context, state: ExportedState) -> None:
+    """Whether a state is this context's own kind. Raises CannotCarry: IDENTITY or LAYOUT."""
+    if state.contents.origin != origin_of(context):
+        raise CannotCarry(Reason.IDENTITY, "the state is of another model, build or RoPE setting")
+    if state.layout != context.state_layout:
+        raise CannotCarry(Reason.LAYOUT, "the state has other types or rotation than this cache")
 
 
 def import_piece(
@@ -240,17 +256,20 @@ def _pairs(layout: StateLayout) -> list[CachePair]:
     ]
 
 
-def _origin(context: Context) -> Origin:
+def origin_of(context: Context) -> Origin:
+    """What states of this context are marked with."""
     return Origin(context.model_identity, VERSION)
 
 
-def _check_span(state: Bytes, layout: StateLayout, n_before: int, n_end: int) -> None:
-    """Whether a state holds the cells from the first `n_before` tokens to the first `n_end`."""
+def check_span(state: Bytes, layout: StateLayout, n_before: int, n_end: int) -> SequenceState:
+    """The structure of a state that holds the cells from the first `n_before` tokens to the first
+    `n_end`. Raises CannotCarry (MALFORMED)."""
     parsed = parse(state, layout)
     if parsed.n_tokens != n_end:
         raise CannotCarry(Reason.MALFORMED, f"a state of {parsed.n_tokens} tokens, not {n_end}")
     if n_before and (layout.recurrent or not all(_is_span(one, n_before) for one in parsed.caches)):
         raise CannotCarry(Reason.MALFORMED, f"a state that is no piece from token {n_before} on")
+    return parsed
 
 
 def _is_span(cache: CacheState, n_before: int) -> bool:

@@ -157,6 +157,27 @@ def retype(state: SequenceState, target: StateLayout) -> SequenceState:
     return replace(state, caches=tuple(caches), recurrent=recurrent, n_bytes=offset)
 
 
+def resize(state: SequenceState, positions: NDArray[np.int32], ext: Bytes) -> SequenceState:
+    """Where everything will lie in a state with one cell at each of `positions`, in their order.
+
+    `ext` are what cells hold beside their positions, shape (n_cells, cell_ext_bytes). Plain
+    attention alone: one cache, no recurrent part.
+    """
+    (cache,) = state.caches
+    assert state.recurrent is None
+    n_cells = len(positions)
+    cells = np.empty(n_cells, dtype=cell_form(ext.shape[1]))
+    cells["pos"], cells["n_seq_id"], cells["seq_id"] = positions, 1, state.seq_id
+    if ext.size:
+        cells["ext"] = np.ascontiguousarray(ext).view(cells.dtype["ext"])[:, 0]
+    offset = _HEAD.size + _PAIR.size + cells.nbytes + _PAIR.size
+    k, offset = _replace_rows(cache.k, n_cells, offset)
+    v, offset = _replace_rows(cache.v, n_cells, offset)
+    first, last = int(positions.min()), int(positions.max())
+    cache = CacheState(n_cells, cells.tobytes(), last, k, v, first)
+    return replace(state, caches=(cache,), n_tokens=last + 1, n_bytes=offset)
+
+
 def write_structure(state: SequenceState, out: Bytes) -> None:
     """Write all but the rows and the recurrent part into `out`, of `state.n_bytes`."""
     view = out.data
@@ -310,6 +331,17 @@ def _retype_rows(
         retyped.append(Rows(kv_type, row_size, rows.n_rows, offset))
         offset += rows.n_rows * row_size
     return tuple(retyped), offset
+
+
+def _replace_rows(
+    every: tuple[Rows, ...], n_rows: int, offset: int
+) -> tuple[tuple[Rows, ...], int]:
+    moved = []
+    for rows in every:
+        offset += _ROWS.size
+        moved.append(replace(rows, n_rows=n_rows, offset=offset))
+        offset += n_rows * rows.row_bytes
+    return tuple(moved), offset
 
 
 def _malformed(why: str) -> CannotCarry:

@@ -1,0 +1,173 @@
+"""A sequence's state written a few cells at a time, and read so: no step waits for a whole one.
+
+What comes of the parts is the state of the whole, with its cells in the order of their positions.
+Plain attention alone.
+"""
+
+import os
+
+import numpy as np
+
+from kvserve.worker.carry.memory_file import (
+    HEADER_BYTES,
+    Blank,
+    Contents,
+    ExportedState,
+    LogProbs,
+    Tokens,
+    write_state,
+)
+from kvserve.worker.carry.refusal import CannotCarry, Reason
+from kvserve.worker.carry.sequence import Span, check_origin, exportable, origin_of
+from kvserve.worker.carry.structure import (
+    Bytes,
+    Rows,
+    SequenceState,
+    cell_form,
+    parse,
+    resize,
+    write_structure,
+)
+from kvserve.worker.llama import Context
+
+
+class Scratch:
+    """Memory that is used again, so that its pages are there."""
+
+    def __init__(self) -> None:
+        self._memory: Bytes = np.empty(0, dtype=np.uint8)
+
+    def take(self, n_bytes: int) -> Bytes:
+        """`n_bytes` of it; whatever was taken before is written over."""
+        if len(self._memory) < n_bytes:
+            self._memory = np.empty(n_bytes, dtype=np.uint8)
+        return self._memory[:n_bytes]
+
+
+class LeavingSequence:
+    """The state of a sequence with cells for all `tokens`, copied from its end to its beginning.
+
+    The cells of the first `n_missing` are not there yet. Raises CannotCarry where the memory's form
+    is not known, OSError where the kernel gives no memory.
+    """
+
+    def __init__(
+        self, context: Context, slot: int, tokens: Tokens, salt: str, scratch: Scratch
+    ) -> None:
+        self.tokens = tokens
+        self.salt = salt
+        self.n_missing = len(tokens)
+        self._context = context
+        self._scratch = scratch
+        self._layout = exportable(context, slot, salt)
+        self._ext: Bytes = np.zeros((len(tokens), self._layout.cell_ext_bytes), dtype=np.uint8)
+        self._whole: SequenceState | None = None
+        self._blank = Blank(0, populated=False)
+
+    def add(self, slot: int, n_left: int, through: int | None) -> None:
+        """Copy the cells from the first `n_left` tokens on to the first `n_missing`, from `slot`,
+        by way of the free id `through`; None where `slot` has these cells alone.
+
+        Raises CannotCarry or OSError; the state is of no use then.
+        """
+        span = Span(slot, n_left, self.n_missing, through)
+        with span.held(self._context) as held:
+            out = self._scratch.take(span.state_bytes(self._context, held))
+            part = span.read(self._context, held, self._layout, out)
+        positions, ext = cells_of(part, self._layout.cell_ext_bytes)
+        self._ext[positions] = ext
+        if self._whole is None:
+            places = np.arange(len(self.tokens), dtype=np.int32)
+            self._whole = resize(part, places, self._ext)
+        first = int(positions.min())
+        ascending = positions[0] == first and bool((np.diff(positions) == 1).all())
+        order = None if ascending else np.argsort(positions)
+        for rows, place in zip(part.rows, self._whole.rows, strict=True):
+            found = _rows_of(out, rows)
+            if order is not None:
+                found = found[order]
+            self._write(found, place.offset + first * place.row_bytes)
+        self.n_missing = n_left
+
+    def finish(self) -> ExportedState:
+        """The whole state, when nothing is missing. Raises CannotCarry or OSError."""
+        whole = self._whole
+        assert whole is not None
+        assert not self.n_missing
+        whole = resize(whole, np.arange(len(self.tokens), dtype=np.int32), self._ext)
+
+        def fill(out: Bytes) -> LogProbs | None:
+            write_structure(whole, out)
+            parse(out, self._layout)
+            return None
+
+        n_tokens = len(self.tokens)
+        origin = origin_of(self._context)
+        contents = Contents(origin, self._layout, whole.n_bytes, n_tokens, n_tokens, salt=self.salt)
+        return write_state(contents, self.tokens, fill, self._blank)
+
+    def close(self) -> None:
+        """Give the memory back, of a state that is not finished."""
+        self._blank.close()
+
+    def _write(self, rows: Bytes, offset: int) -> None:
+        left = rows.data.cast("B")
+        begin = HEADER_BYTES + offset
+        while left:
+            n_written = os.pwrite(self._blank.fd, left, begin)
+            left, begin = left[n_written:], begin + n_written
+
+
+class ArrivingSequence:
+    """An exported state, to be taken into `context` from its beginning to its end.
+
+    Raises CannotCarry: IDENTITY, LAYOUT or MALFORMED.
+    """
+
+    def __init__(self, context: Context, state: ExportedState, scratch: Scratch) -> None:
+        check_origin(context, state)
+        self._context = context
+        self._scratch = scratch
+        self._data = state.view()
+        self._state = parse(self._data, state.layout)
+        self._positions, self._ext = cells_of(self._state, state.layout.cell_ext_bytes)
+
+    def take(self, slot: int, through: int, begin: int, end: int) -> None:
+        """Give sequence `slot`, which holds the cells of the first `begin` tokens, those up to the
+        first `end`, by way of the free id `through`, which batches may use.
+
+        Raises CannotCarry (IMPORT); the sequence is as it was then.
+        """
+        places = np.flatnonzero((self._positions >= begin) & (self._positions < end))
+        if len(places) != end - begin or self._context.n_cached(slot) != begin:
+            raise CannotCarry(Reason.IMPORT, f"no cells for the tokens from {begin} to {end}")
+        part = resize(self._state, self._positions[places], self._ext[places])
+        data = self._scratch.take(part.n_bytes)
+        write_structure(part, data)
+        first, n_found = int(places[0]), len(places)
+        together = int(places[-1]) == first + n_found - 1
+        for rows, place in zip(self._state.rows, part.rows, strict=True):
+            every = _rows_of(self._data, rows)
+            _rows_of(data, place)[:] = every[first : first + n_found] if together else every[places]
+        context = self._context
+        n_read = context.write_state(through, data.ctypes.data, part.n_bytes)
+        if n_read == part.n_bytes:
+            context.copy_cells(through, slot, begin, end)
+        context.clear_slot(through)
+        if n_read != part.n_bytes:
+            raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {part.n_bytes} bytes")
+
+
+def cells_of(state: SequenceState, cell_ext_bytes: int) -> tuple[Tokens, Bytes]:
+    """The positions of a state's cells, shape (n_cells,), and what else they hold, shape
+    (n_cells, cell_ext_bytes)."""
+    (cache,) = state.caches
+    cells = np.frombuffer(cache.cells, dtype=cell_form(cell_ext_bytes))
+    ext = np.ascontiguousarray(cells["ext"]).view(np.uint8).reshape(cache.n_cells, cell_ext_bytes)
+    return np.ascontiguousarray(cells["pos"]), ext
+
+
+def _rows_of(state: Bytes, rows: Rows) -> Bytes:
+    """Rows of a state as they lie there, shape (n_rows, row_bytes)."""
+    end = rows.offset + rows.n_bytes
+    return state[rows.offset : end].reshape(rows.n_rows, rows.row_bytes)
