@@ -5,6 +5,7 @@ the whole model.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,13 +42,21 @@ class Stored:
 
 class ColdStore:
     """Up to `limit_bytes` of sequences, `MOST` at most. With `whole` one is of use only to a
-    request that begins with all of it: what a sliding window or a recurrent state allows."""
+    request that begins with all of it: what a sliding window or a recurrent state allows. What
+    goes is given to `close`."""
 
-    def __init__(self, limit_bytes: int, *, whole: bool) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        whole: bool,
+        close: Callable[[State], object] = lambda state: state.close(),
+    ) -> None:
         self.limit_bytes = limit_bytes
         self.n_bytes = 0
         self.reserved_bytes = 0
         self._whole = whole
+        self._close = close
         self._stored: OrderedDict[Stored, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -61,7 +70,7 @@ class ColdStore:
     def put(self, stored: Stored) -> None:
         """Keep a sequence. What it makes superfluous goes, and the oldest if there is no room."""
         if stored.state.n_bytes > self.limit_bytes - self.reserved_bytes:
-            stored.state.close()
+            self._close(stored.state)
             return
         for other in list(self._stored):
             begins = n_common(other.tokens, stored.tokens) == len(other.tokens)
@@ -116,4 +125,4 @@ class ColdStore:
 
     def _drop(self, stored: Stored) -> None:
         self.take(stored)
-        stored.state.close()
+        self._close(stored.state)

@@ -7,10 +7,11 @@ parts between steps: as many cells as others need just now, or as the streams th
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvserve.worker.carry.memory_file import ExportedState
-from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence, Scratch
+from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence, Scratch, Writer
 from kvserve.worker.carry.refusal import CannotCarry
 from kvserve.worker.carry.sequence import export_sequence, import_sequence
 from kvserve.worker.cell_rules import Operation, Store
@@ -58,10 +59,17 @@ class ColdTier:
         self._cache = cache
         self._change = change
         self._scratch = Scratch()
+        self._writer = Writer()
         self._leaving: dict[LeavingSequence, int] = {}
         self._arriving: _Arriving | None = None
         self._seconds_per_cell = 0.0
-        self.store = ColdStore(limit_bytes, whole=not cache.rules.cuts_anywhere)
+        # The kernel takes 60 ms to get the memory of a long conversation back.
+        closing = ThreadPoolExecutor(1, "closing")
+        self.store = ColdStore(
+            limit_bytes,
+            whole=not cache.rules.cuts_anywhere,
+            close=lambda state: closing.submit(state.close),
+        )
 
     @property
     def restoring(self) -> bool:
@@ -126,7 +134,7 @@ class ColdTier:
                 return
             self._forget(next(iter(self._leaving)))
         try:
-            leaving = LeavingSequence(self._context, slot, tokens, salt, self._scratch)
+            leaving = LeavingSequence(self._context, slot, tokens, salt, self._writer)
         except BaseException:
             self.store.reserved_bytes -= n_bytes
             raise

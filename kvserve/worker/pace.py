@@ -7,7 +7,7 @@ _ALONE_S = 1.0
 _LONGEST_GAP = 2.8
 """In all but one of a hundred steps that read one prompt, the gap between two tokens of a stream
 shall be at most so many times what it is without (three, as a client sees it)."""
-_STRETCH, _LEAST_STRETCH, _MOST_STRETCH = 1.2, 0.5, 1.4
+_STRETCH, _LEAST_STRETCH, _MOST_STRETCH = 1.2, 0.8, 1.4
 """For that, a waiting prompt may take so many times as long as the streams' own step: at first, at
 least and at most. How much there must be to spare for what holds the process up now and then is
 learned:"""

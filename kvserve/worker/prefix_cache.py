@@ -302,6 +302,8 @@ class PrefixCache:
         """Keep no more than is worth it, but always the sequence used last."""
         while len(self._kept) > 1 and (n_over := self.n_kept - self._worth.n_cells) > 0:
             oldest = next(iter(self._kept))
+            if self._is_to_store(oldest) and oldest.leaving:
+                return  # it goes as others need its cells: all at once would be a long copy
             self._worth.remember(oldest.tokens[: oldest.n_cells], oldest.salt)
             self._shrink(oldest, n_over)
 
@@ -311,7 +313,7 @@ class PrefixCache:
         own = victim.tail if len(victim.tail.sequences) == 1 else None
         if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
             n_left = 0
-        if stores or victim.leaving:
+        if stores:
             self._store(victim, n_left)
         if not n_left:
             self._evict(victim)
@@ -323,8 +325,8 @@ class PrefixCache:
         """Whether a sequence is stored before others get its cells: it is not yet, or its end is
         and the rest follows."""
         worth = sequence.wanted or self._worth.pays
-        new = worth and sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1)
-        return self._stores and (sequence.leaving or new)
+        new = sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1)
+        return self._stores and worth and (sequence.leaving or new)
 
     def _store(self, sequence: CachedSequence, n_left: int) -> None:
         """Have what a sequence loses stored, if it is to be."""

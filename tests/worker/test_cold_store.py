@@ -113,18 +113,27 @@ def test_where_nothing_is_stored_more_is_given_up_at_a_time() -> None:
     assert sequence.n_cells == 5900
 
 
-def test_one_that_is_trimmed_after_a_part_of_it_was_stored_is_stored_whole() -> None:
+@pytest.mark.parametrize("n_in_vain", [4, 60])
+def test_one_whose_end_is_stored_is_not_cut_down_before_its_cells_are_needed(
+    n_in_vain: int,
+) -> None:
+    """The rest at once would be a long copy. Where reuse does not pay at all it just goes."""
     cache = cache_of(stores=True)
-    kept_in(cache, tokens(600))
+    sequence = kept_in(cache, tokens(600))
     cache.make_room(500)
     cache.take_operations()
-    for n in range(60):
+    for n in range(n_in_vain):
         cache.observe(tokens(300, 1000 * n), "", 0)
-    other = cache.open(tokens(100, 5000), "", None)
-    cache.append(other, 100)
+    other = cache.open(tokens(400, 5000), "", None)
+    cache.append(other, 400)
     cache.keep(other)
-    stores = [one for one in cache.take_operations() if isinstance(one, Store)]
-    assert stores[-1].n_left == 0
+    if n_in_vain == 60:
+        assert cache.take_operations() == (Clear(0),)
+        return
+    assert cache.take_operations() == ()
+    assert sequence.n_cells == 500
+    cache.make_room(300)
+    assert [one.n_left for one in cache.take_operations() if isinstance(one, Store)] == [300]
 
 
 def test_one_that_runs_again_begins_to_leave_anew() -> None:

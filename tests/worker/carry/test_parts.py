@@ -9,7 +9,13 @@ import pytest
 
 from kvserve.worker.carry.canary import divergence
 from kvserve.worker.carry.memory_file import ExportedState
-from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence, Scratch, cells_of
+from kvserve.worker.carry.parts import (
+    ArrivingSequence,
+    LeavingSequence,
+    Scratch,
+    Writer,
+    cells_of,
+)
 from kvserve.worker.carry.refusal import CannotCarry, Reason
 from kvserve.worker.carry.sequence import export_sequence, import_sequence
 from kvserve.worker.carry.structure import parse
@@ -49,7 +55,7 @@ def scattered(context: Context, slot: int = 0) -> None:
 def left_in_parts(
     context: Context, slot: int = 0, through: int = SPARE, *, cut: bool = True
 ) -> ExportedState:
-    leaving = LeavingSequence(context, slot, TOKENS[:N_TOKENS], "s", Scratch())
+    leaving = LeavingSequence(context, slot, TOKENS[:N_TOKENS], "s", Writer())
     for n_left in ENDS:
         leaving.add(slot, n_left, through if n_left or not cut else None)
         assert leaving.n_missing == n_left
@@ -183,7 +189,7 @@ def test_no_file_is_left_of_one_that_is_given_up(backend: Backend, small_model) 
     context = backend.context(small_model("llama"))
     scattered(context)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    leaving = LeavingSequence(context, 0, TOKENS[:N_TOKENS], "", Scratch())
+    leaving = LeavingSequence(context, 0, TOKENS[:N_TOKENS], "", Writer())
     leaving.add(0, 100, SPARE)
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
     leaving.close()
