@@ -32,7 +32,8 @@ class Chunk:
 class Batch:
     """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
 
-    `n_pad` rows more are decoded for nothing, since so many take less time. `admitted` are the
+    `n_pad` rows more are decoded for nothing, since so many take less time, or as many outputs more
+    computed of the last chunk's end: `n_idle`. `admitted` are the
     requests that have their place from now on, in the order of their arrival, those that come back
     after they were `preempted` included.
     """
@@ -43,6 +44,7 @@ class Batch:
     preempted: tuple[int, ...] = ()
     operations: tuple[Operation, ...] = ()
     n_pad: int = 0
+    n_idle: int = 0
 
     @property
     def n_tokens(self) -> int:

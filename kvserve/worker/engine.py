@@ -37,6 +37,7 @@ from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.speculator import Speculator
+from kvserve.worker.step_rows import StepRows
 from kvserve.worker.stepping import Stepper
 
 _MOST_SAMPLING_THREADS = 4
@@ -94,7 +95,11 @@ class Engine:
             self._cache,
             n_draft,
             context.n_ubatch,
-            context.slower_rows,
+            StepRows(
+                context.slower_rows,
+                learns=not context.model.wholly_on_gpu and context.cannot_take_back is None,
+                n_most=context.n_outputs,
+            ),
         )
         self._stepper = Stepper(
             context,

@@ -54,6 +54,8 @@ class Executor:
         if plan.n_pad:
             n_outputs = len(batch.outputs) + plan.n_pad
             batch.pad(plan.n_pad, wanted=n_outputs <= self._context.n_outputs)
+        if plan.n_idle:
+            batch.want_more(plan.n_idle)
         self._round = None
         self._context.submit(batch)
 

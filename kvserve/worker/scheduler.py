@@ -17,6 +17,7 @@ from kvserve.worker.batches import Batch, Chunk
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
 from kvserve.worker.entries import Entry, chunk_of, share
 from kvserve.worker.prefix_cache import PrefixCache, Reuse
+from kvserve.worker.step_rows import StepRows
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
@@ -31,8 +32,8 @@ class Scheduler:
 
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
     refuses longer prompts and ends longer answers. A step checks at most `n_draft` drafted tokens;
-    with a sliding window they must be in one micro-batch of `n_ubatch`. Steps of as many rows as
-    a key of `rows` tells take less time with the rows that its value tells. The request `held` is
+    with a sliding window they must be in one micro-batch of `n_ubatch`. `rows` knows which
+    numbers of rows take less time than smaller ones. The request `held` is
     not admitted yet, nor are those behind it.
     """
 
@@ -42,7 +43,7 @@ class Scheduler:
     cache: PrefixCache
     n_draft: int = 0
     n_ubatch: int = 0
-    rows: Mapping[int, int] = field(default_factory=dict)
+    rows: StepRows = field(default_factory=StepRows)
     held: int | None = None
     _waiting: deque[Entry] = field(default_factory=deque)
     _running: list[Entry] = field(default_factory=list)
@@ -175,17 +176,23 @@ class Scheduler:
         n_rows = len(decoding) + n_drafted + n_prefill
         self.cache.make_room(n_rows)
         n_pad = 0 if n_drafted or n_prefill else self._n_pad(n_rows)
-        if n_rows + n_pad > min(self.cache.n_free, self.n_batch):
+        # With a sliding window, rows that are taken back must not be in another micro-batch.
+        n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch
+        if n_rows + n_pad > min(self.cache.n_free, n_most_rows):
             n_pad = 0
+        n_idle = self._n_idle(chunks) if n_prefill else 0
         operations = self.cache.take_operations()
-        return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad)
+        return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad, n_idle)
 
-    def may_repeat(self, n_chunks: int) -> bool:
-        """Whether, after a batch with one token of each of `n_chunks` requests that is not
-        committed yet, `plan` would choose the same requests again where none of them ends: all of
-        those that run are among them, and nothing must leave the cache for them."""
+    def may_repeat(self, n_chunks: int, n_padded: int = 0) -> bool:
+        """Whether, after a batch with one token of each of `n_chunks` requests and `n_padded` rows
+        more that is not committed yet, `plan` would choose the same again where none of the
+        requests ends: all of those that run are among them, and nothing must leave the cache for
+        them."""
         n_pad, n_used = self._n_pad(n_chunks), self.cache.n_used
-        if n_pad and n_used + n_chunks > _MOST_PADDED_CELLS:
+        if n_pad != n_padded:
+            return False
+        if n_pad and not self.rows.learns and n_used + n_chunks > _MOST_PADDED_CELLS:
             return False
         n_cells = 2 * n_chunks + n_pad
         return n_chunks == len(self._running) and self.cache.n_free >= n_cells
@@ -213,9 +220,18 @@ class Scheduler:
         return True
 
     def _n_pad(self, n_rows: int) -> int:
-        if self.cache.n_used > _MOST_PADDED_CELLS:
+        if not self.rows.learns and self.cache.n_used > _MOST_PADDED_CELLS:
             return 0
-        return self.rows.get(n_rows, n_rows) - n_rows
+        return self.rows.wanted(n_rows) - n_rows
+
+    def _n_idle(self, chunks: list[Chunk]) -> int:
+        """Outputs more of a batch that ends with a part of a prompt."""
+        last = chunks[-1]
+        if last.n_outputs or any(chunk.scored for chunk in chunks):
+            return 0
+        n_outputs = sum(chunk.n_outputs for chunk in chunks)
+        n_idle = self.rows.outputs(n_outputs) - n_outputs
+        return n_idle if n_idle <= last.count else 0
 
     def _find(self, request: int) -> Entry:
         for entry in self._running:

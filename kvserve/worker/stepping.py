@@ -134,6 +134,9 @@ class Stepper:
         # What is drawn after a prompt (a first mask, scores) says nothing of its tokens.
         counted = decoded - begun if plan.n_prefill else seconds
         self._pace.observe(plan.n_prefill, plan.n_tokens, counted, self._drawn_at - last)
+        if not plan.n_prefill and not plan.n_drafted:
+            n_rows = plan.n_tokens + plan.n_pad
+            self._scheduler.rows.observe(plan.n_tokens, n_rows, decoded - begun)
         return _Decoded(plan, drawn, {ask.id for ask in asks}, seconds)
 
     def _goes_on(self, done: _Decoded) -> bool:
@@ -146,7 +149,7 @@ class Stepper:
             return False
         if self._speculator is not None and not self._speculator.foresees:
             return False
-        if not self._scheduler.may_repeat(len(done.plan.chunks)):
+        if not self._scheduler.may_repeat(len(done.plan.chunks), done.plan.n_pad):
             return False
         for wish, ((token, _),) in done.drawn:
             job = self._jobs[wish.id]

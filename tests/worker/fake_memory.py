@@ -7,6 +7,7 @@ from kvserve.worker.batches import Batch
 from kvserve.worker.cell_rules import Clear, Copy, Cut, Operation, Rules, Store
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.scheduler import Scheduler
+from kvserve.worker.step_rows import StepRows
 
 PLAIN = Rules(n_spare=3)
 WINDOW = Rules(n_window=4, shares=False)
@@ -112,9 +113,11 @@ def fake_scheduler(
     shortest: int = 1,
     n_draft: int = 0,
     rows: dict[int, int] | None = None,
+    learns: bool = False,
 ) -> tuple[Scheduler, FakeMemory]:
     """A scheduler, and the memory that its batches are meant for."""
     memory = FakeMemory(n_cells if n_really is None else n_really, n_slots, rules)
     cache = PrefixCache(n_cells, n_slots, rules, memory.first_position, shortest)
-    scheduler = Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch, rows or {})
+    step_rows = StepRows(rows, learns=learns, n_most=n_slots + n_draft)
+    scheduler = Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch, step_rows)
     return scheduler, memory

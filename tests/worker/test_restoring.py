@@ -47,6 +47,26 @@ def test_nothing_is_restored_for_another_tenant(model: Model) -> None:
     assert model.warm(longer, cache_salt="mine").end.n_cached_tokens >= LONG
 
 
+def test_beside_streams_a_conversation_comes_back_between_their_tokens(
+    workers: Workers, load_message: Callable[..., Load], tmp_path
+) -> None:
+    fields = {"n_ctx": 1536, "n_seq_max": 3, "cache_ram_bytes": 2**28}
+    model = generated("llama", workers, load_message, tmp_path, **fields)
+    peer = model.peer
+    conversations = [some_tokens(LONG, seed=n) for n in (61, 62, 63, 64)]
+    first = [model.warm(tokens) for tokens in conversations]
+    stream = some_tokens(20, seed=65)
+    running = model.ask(stream, n_answer=300)
+    longer = [*conversations[0], *first[0].tokens, 9, 8, 7]
+    back = model.ask(longer, n_answer=6)
+    streamed, again = peer.finish(running, back)
+    assert again.end.n_cached_tokens == LONG + len(first[0].tokens) - 1
+    n_read = [step.n_prefilled for step in peer.steps]
+    assert max(n_read[-60:]) < LONG / 2, "it was not read again"
+    assert_same(again, model.cold(longer, n_answer=6))
+    assert_same(streamed, model.cold(stream, n_answer=300))
+
+
 def test_a_preempted_request_goes_on_where_it_was(
     workers: Workers, load_message: Callable[..., Load], tmp_path
 ) -> None:

@@ -188,6 +188,7 @@ def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
         shortest=draw(st.integers(1, 4)),
         n_draft=draw(st.sampled_from((0, 0, 1, 4, 12))),
         rows=draw(st.sampled_from(({}, {2: 3}, {2: 5, 3: 5, 4: 5}))),
+        learns=draw(st.booleans()),
     )
     return Run(scheduler, memory, asks, draw(st.integers(1, 64)))
 
@@ -352,14 +353,14 @@ def test_a_step_gets_the_rows_that_make_it_quicker_where_there_are_cells_for_the
         n_free = scheduler.cache.n_free
         batch = scheduler.plan(64)
         assert memory.decode(batch, known)
-        repeats = scheduler.may_repeat(len(batch.chunks))
+        repeats = scheduler.may_repeat(len(batch.chunks), batch.n_pad)
         scheduler.commit(batch)
         for chunk in batch.chunks:
             if chunk.last:
                 known[chunk.id].append(chunk.id)
                 scheduler.grow(chunk.id)
         steps.append((n_free, batch.n_prefill, batch.n_pad, repeats))
-    assert steps[:3] == [(40, 8, 0, True), (32, 2, 0, True), (30, 0, 2, True)]
+    assert steps[:3] == [(40, 8, 0, False), (32, 2, 0, False), (30, 0, 2, True)]
     assert steps[-4:] == [(8, 0, 2, True), (6, 0, 2, True), (4, 0, 2, False), (2, 0, 0, False)]
 
 
@@ -372,7 +373,7 @@ def test_steps_get_no_rows_more_where_attention_would_read_many_cells_again() ->
     for _ in range(8):
         batch = scheduler.plan(5000)
         assert memory.decode(batch, known)
-        steps.append((scheduler.cache.n_used, batch.n_pad, scheduler.may_repeat(2)))
+        steps.append((scheduler.cache.n_used, batch.n_pad, scheduler.may_repeat(2, batch.n_pad)))
         scheduler.commit(batch)
         for chunk in batch.chunks:
             if chunk.last:

@@ -32,6 +32,7 @@ from kvserve.worker.pace import Pace
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.speculator import Speculator
+from kvserve.worker.step_rows import StepRows
 from kvserve.worker.templates import choose
 from tests.models import write_model
 from tests.worker.carry.conftest import Backend
@@ -142,14 +143,14 @@ def test_repeated_steps_answer_as_planned_ones_do(
 ) -> None:
     cancels = {0: 11}
     with monkeypatch.context() as patch:
-        patch.setattr(Scheduler, "may_repeat", lambda self, n: False)
+        patch.setattr(Scheduler, "may_repeat", lambda self, n, n_pad: False)
         planned = run(context, speculates=False, cancels=cancels)
     monkeypatch.setattr(type(context), "asynchronous", asynchronous)
     repeats = []
     may_repeat = Scheduler.may_repeat
 
-    def counted(self: Scheduler, n: int) -> bool:
-        repeats.append(may_repeat(self, n))
+    def counted(self: Scheduler, n: int, n_pad: int) -> bool:
+        repeats.append(may_repeat(self, n, n_pad))
         return repeats[-1]
 
     monkeypatch.setattr(Scheduler, "may_repeat", counted)
@@ -162,15 +163,36 @@ def test_repeated_steps_answer_as_planned_ones_do(
 @pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("n_outputs", [12, 4])
 @pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
 def test_rows_that_only_make_steps_quicker_leave_no_trace(
-    context: Context, monkeypatch: pytest.MonkeyPatch, speculates: bool, n_outputs: int
+    context: Context,
+    monkeypatch: pytest.MonkeyPatch,
+    speculates: bool,
+    n_outputs: int,
+    learned: bool,
 ) -> None:
     """Whether logits are computed for them or, where no more are allowed, not."""
+    monkeypatch.setattr(context.model, "wholly_on_gpu", True)
     plain = run(context, speculates=speculates, cancels={})
-    monkeypatch.setattr(context, "slower_rows", {2: 3, 3: 5, 4: 7})
     monkeypatch.setattr(context, "n_outputs", n_outputs)
-    n_pads = []
-    pad = Batch.pad
+    if learned:
+        monkeypatch.setattr(context.model, "wholly_on_gpu", False)
+        monkeypatch.setattr(Pace, "limit", lambda *_: 5)
+        # One after another of all that may be tried, whatever they take here.
+        n_seen: list[int] = []
+        monkeypatch.setattr(StepRows, "observe", lambda self, n, *_: n_seen.append(n))
+        monkeypatch.setattr(StepRows, "wanted", lambda self, n: n + len(n_seen) % 4)
+    else:
+        monkeypatch.setattr(context, "slower_rows", {2: 3, 3: 5, 4: 7})
+    n_pads, n_more = [], []
+    pad, want_more = Batch.pad, Batch.want_more
+
+    def more(self: Batch, n: int) -> None:
+        assert len(self.outputs) + n <= n_outputs
+        want_more(self, n)
+        n_more.append(n)
+
+    monkeypatch.setattr(Batch, "want_more", more)
 
     def counted(self: Batch, n: int, *, wanted: bool) -> None:
         # More logits than the context was made for end the process.
@@ -181,6 +203,7 @@ def test_rows_that_only_make_steps_quicker_leave_no_trace(
     monkeypatch.setattr(Batch, "pad", counted)
     padded = run(context, speculates=speculates, cancels={})
     assert {1, 2, 3} <= set(n_pads)
+    assert bool(n_more) == learned
     assert padded.outcome == plain.outcome
 
 

@@ -72,6 +72,12 @@ class Batch:
         self._wanted[begin : self.n_tokens] = wanted
         self.n_pad = n
 
+    def want_more(self, n: int) -> None:
+        """Have the logits of the last `n` tokens computed too, which were added without: they come
+        after those of the `outputs`."""
+        assert not self.outputs or self.outputs[-1] < self.n_tokens - n
+        self._wanted[self.n_tokens - n : self.n_tokens] = 1
+
     @property
     def padded(self) -> tuple[int, int]:
         """The sequence that has the padding, and at which position that begins."""
