@@ -33,12 +33,13 @@ class Clear:
 @dataclass(frozen=True, slots=True, eq=False)
 class Store:
     """Sequence `slot`, with cells for `tokens`, is about to lose those after its first `n_left`:
-    copy them elsewhere."""
+    copy them elsewhere. What one sequence loses bit by bit has the same `key`."""
 
     slot: int
     tokens: NDArray[np.int32]
     salt: str
     n_left: int
+    key: int
 
 
 Operation = Copy | Cut | Clear | Store

@@ -36,8 +36,8 @@ class Branch:
 @dataclass(slots=True, eq=False)
 class CachedSequence:
     """One sequence of the cache: cells for `tokens[:n_cells]`, under llama.cpp's id `slot`.
-    `n_stored` of them are in host memory too; `wanted` is one whose request comes back, `leaving`
-    one whose end is stored and given up already."""
+    `n_stored` of them are in host memory too; `wanted` is one whose request comes back. One that
+    loses its cells bit by bit, to be stored, has the number `leaving`, else 0."""
 
     slot: int
     tokens: Tokens
@@ -46,7 +46,7 @@ class CachedSequence:
     running: bool = True
     n_stored: int = 0
     wanted: bool = False
-    leaving: bool = False
+    leaving: int = 0
 
     @property
     def n_cells(self) -> int:

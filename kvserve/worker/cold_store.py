@@ -67,11 +67,12 @@ class ColdStore:
         """All of them, the most recently used first."""
         return tuple(reversed(self._stored))
 
-    def put(self, stored: Stored) -> None:
-        """Keep a sequence. What it makes superfluous goes, and the oldest if there is no room."""
+    def put(self, stored: Stored) -> bool:
+        """Keep a sequence. What it makes superfluous goes, and the oldest if there is no room.
+        False where there is none at all."""
         if stored.state.n_bytes > self.limit_bytes - self.reserved_bytes:
             self._close(stored.state)
-            return
+            return False
         for other in list(self._stored):
             begins = n_common(other.tokens, stored.tokens) == len(other.tokens)
             replaced = begins and (not self._whole or len(other.tokens) == len(stored.tokens))
@@ -80,6 +81,7 @@ class ColdStore:
         self._make_room(stored.state.n_bytes)
         self._stored[stored] = None
         self.n_bytes += stored.state.n_bytes
+        return True
 
     def find(self, tokens: Tokens, salt: str) -> tuple[Stored, int] | None:
         """The sequence that `tokens` begins with the most of, and how much that is. At least one

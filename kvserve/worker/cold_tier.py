@@ -1,7 +1,8 @@
 """Between the KV cache and host memory: what is given up is stored, what comes back is restored.
 
 Both are copies of 1 to 5 GB/s, and a long conversation has gigabytes. Plain attention is copied in
-parts between steps: as many cells as others need just now, or as the streams that run can wait for.
+parts between steps, where that can be: as many cells as others need just now, or as the streams
+that run can wait for. A sequence that has to go as a whole, for its id, is copied at once.
 """
 
 import sys
@@ -18,7 +19,7 @@ from kvserve.worker.cell_rules import Operation, Store
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
 from kvserve.worker.cold_store import ColdStore, Stored
 from kvserve.worker.llama import Context
-from kvserve.worker.prefix_cache import PrefixCache
+from kvserve.worker.prefix_cache import PrefixCache, Reuse
 from kvserve.worker.scheduler import Scheduler
 
 _LEAST = 64
@@ -26,19 +27,23 @@ _MOST_COPIED = 8
 """A token that need not be decoded again is worth the copy of so many."""
 _MOST_LEAVING = 4
 """Sequences that are stored in part."""
-_FIRST_CELLS, _LEAST_CELLS = 64, 16
-"""Cells that are restored at a time, before it is known how long one takes, and at least."""
+_FIRST_CELLS, _LEAST_CELLS, _MOST_CELLS = 64, 16, 512
+"""Cells that are restored at a time before it is known how long one takes, at least and at most."""
 _SMOOTHING = 0.3
 
 
 @dataclass(slots=True)
 class _Arriving:
-    """The first `n_tokens` of what is `stored` come back as `sequence`, for one request."""
+    """The first `n_tokens` of a sequence come back for `request`, of what was `stored` or, None,
+    had only begun to leave, under `key`. `n_bytes` of host memory are set aside for it."""
 
-    stored: Stored
+    request: int
     parts: ArrivingSequence
     sequence: CachedSequence
     n_tokens: int
+    n_bytes: int
+    stored: Stored | None
+    key: int = 0
 
     @property
     def n_left(self) -> int:
@@ -60,7 +65,8 @@ class ColdTier:
         self._change = change
         self._scratch = Scratch()
         self._writer = Writer()
-        self._leaving: dict[LeavingSequence, int] = {}
+        self._leaving: dict[int, LeavingSequence] = {}
+        self._settled: set[int] = set()
         self._arriving: _Arriving | None = None
         self._seconds_per_cell = 0.0
         # The kernel takes 60 ms to get the memory of a long conversation back.
@@ -79,184 +85,254 @@ class ColdTier:
     def keep(self, operation: Store) -> None:
         """Copy cells that are about to leave the cache. What cannot be copied is lost, as it would
         be without this tier."""
-        leaving = self._find_leaving(operation.tokens, operation.salt)
+        key = operation.key
+        if key in self._settled:
+            return
+        leaving = self._leaving.get(key)
         try:
-            if leaving is not None:
-                self._add(leaving, operation)
-            elif not self.store.covers(operation.tokens, operation.salt):
+            if leaving is None:
                 self._begin(operation)
+            else:
+                self._add(leaving, operation)
         except (CannotCarry, OSError) as error:
+            self._settled.add(key)
             print(f"not stored: {error}", file=sys.stderr, flush=True)
 
     def restore(self, scheduler: Scheduler, seconds: float) -> None:
         """Bring back what the requests that are admitted next begin with. Where streams run, as
         much of it as can be copied in so many `seconds`; the request is held until all is there."""
-        if self._arriving is not None:
-            self._advance(self._arriving, scheduler, seconds)
-            return
         # What is about to be stored may be what comes back.
         self._change(self._cache.take_operations())
-        if not (len(self.store) or self._leaving):
+        self._forget_abandoned()
+        if self._arriving is not None:
+            self._advance(self._arriving, scheduler, seconds)
+        if self._arriving is not None or not (len(self.store) or self._leaving):
             return
         for request, tokens, salt in scheduler.next_admissible():
-            self._complete(tokens, salt)
-            found = self.store.find(tokens, salt)
-            if found is None:
-                continue
-            reuse = self._cache.find(tokens, salt)
-            n_won = found[1] - (reuse.n_tokens if reuse is not None else 0)
-            n_copied = len(found[0].tokens)
-            if n_won >= max(_LEAST, n_copied // _MOST_COPIED) and scheduler.has_room(n_copied):
-                if scheduler.n_decoding and self._begin_arrival(*found):
-                    scheduler.held = request
-                    return
-                self._bring_back(*found)
-
-    def _find_leaving(self, tokens: Tokens, salt: str) -> LeavingSequence | None:
-        for leaving in self._leaving:
-            n_same = n_common(leaving.tokens, tokens)
-            if leaving.salt == salt and n_same == len(tokens) == leaving.n_missing:
-                return leaving
-        return None
+            self._bring_back_for(request, tokens, salt, scheduler)
+            if self._arriving is not None:
+                return
 
     def _begin(self, operation: Store) -> None:
         """Store a sequence, or the first cells that it loses."""
         slot, tokens, salt = operation.slot, operation.tokens, operation.salt
-        n_bytes = self._context.state_bytes(slot)
-        if n_bytes > self.store.limit_bytes:
+        if self._context.state_bytes(slot) > self.store.limit_bytes or self.store.covers(
+            tokens, salt
+        ):
+            self._settled.add(operation.key)
             return
-        if not operation.n_left or not self._cache.free_ids:
+        if not operation.n_left or self._free_id() is None:
             state = export_sequence(self._context, slot, tokens, salt=salt)
-            self.store.put(Stored(state, tokens, salt))
+            self._put(Stored(state, tokens, salt))
+            self._settled.add(operation.key)
             return
-        while len(self._leaving) >= _MOST_LEAVING or not self.store.reserve(n_bytes):
+        leaving = LeavingSequence(self._context, slot, tokens, salt, self._writer)
+        while len(self._leaving) >= _MOST_LEAVING or not self.store.reserve(leaving.n_bytes):
             if not self._leaving:
+                leaving.close()
+                self._settled.add(operation.key)
                 return
             self._forget(next(iter(self._leaving)))
-        try:
-            leaving = LeavingSequence(self._context, slot, tokens, salt, self._writer)
-        except BaseException:
-            self.store.reserved_bytes -= n_bytes
-            raise
-        self._leaving[leaving] = n_bytes
+        self._leaving[operation.key] = leaving
         self._add(leaving, operation)
 
     def _add(self, leaving: LeavingSequence, operation: Store) -> None:
-        through = next(iter(self._cache.free_ids), None) if operation.n_left else None
+        through, n_left = self._free_id(), operation.n_left
         try:
-            if operation.n_left and through is None:
-                # All ids are taken: what is left is copied now, and not again.
+            if through is None:
+                # All ids are taken: what there is, is copied now.
                 leaving.add(operation.slot, 0, None)
-            else:
-                leaving.add(operation.slot, operation.n_left, through)
-            if not leaving.n_missing:
-                self._put(leaving)
+            while leaving.n_missing > n_left:
+                part = max(n_left, leaving.n_missing - _MOST_CELLS)
+                leaving.add(operation.slot, part, through)
+            if leaving.n_missing:
+                return
+            state = leaving.finish()
         except BaseException:
-            self._forget(leaving)
+            self._forget(operation.key)
             raise
+        self._forget(operation.key)
+        self._settled.add(operation.key)
+        self._put(Stored(state, leaving.tokens, leaving.salt))
 
-    def _put(self, leaving: LeavingSequence) -> None:
-        state = leaving.finish()
-        self.store.reserved_bytes -= self._leaving.pop(leaving)
-        self.store.put(Stored(state, leaving.tokens, leaving.salt))
+    def _free_id(self) -> int | None:
+        """A sequence id that nothing has now, whatever is still to be done."""
+        return next((one for one in self._cache.free_ids if not self._context.n_cached(one)), None)
 
-    def _forget(self, leaving: LeavingSequence) -> None:
-        if leaving in self._leaving:
-            self.store.reserved_bytes -= self._leaving.pop(leaving)
+    def _put(self, stored: Stored) -> bool:
+        """Keep what is whole, rather than what is not."""
+        store = self.store
+        while self._leaving and stored.state.n_bytes > store.limit_bytes - store.reserved_bytes:
+            self._forget(next(iter(self._leaving)))
+        return store.put(stored)
+
+    def _forget(self, key: int) -> None:
+        leaving = self._leaving.pop(key, None)
+        if leaving is not None:
+            self.store.reserved_bytes -= leaving.n_bytes
             leaving.close()
 
-    def _complete(self, tokens: Tokens, salt: str) -> None:
-        """Copy what is missing of a sequence that a request begins with, if the cache has it."""
-        for leaving in list(self._leaving):
-            n_missing = leaving.n_missing
-            if leaving.salt != salt or n_common(leaving.tokens, tokens) <= n_missing:
-                continue
-            reuse = self._cache.find(tokens, salt)
-            through = next(iter(self._cache.free_ids), None)
-            if reuse is None or reuse.n_tokens < n_missing or through is None:
-                continue
-            try:
-                leaving.add(reuse.source.slot, 0, through)
-                self._put(leaving)
-            except (CannotCarry, OSError) as error:
-                self._forget(leaving)
-                print(f"not stored: {error}", file=sys.stderr, flush=True)
+    def _forget_abandoned(self) -> None:
+        """Of sequences that have left otherwise the beginning will never come."""
+        if self._leaving or self._settled:
+            alive = self._cache.leaving
+            self._settled &= alive
+            for key in self._leaving.keys() - alive:
+                self._forget(key)
 
-    def _begin_arrival(self, stored: Stored, n_tokens: int) -> bool:
+    def _bring_back_for(
+        self, request: int, tokens: Tokens, salt: str, scheduler: Scheduler
+    ) -> None:
+        """Bring back, or begin to, what a request begins with and the cache does not have."""
+        reuse = self._cache.find(tokens, salt)
+        n_here = reuse.n_tokens if reuse is not None else 0
+        found = self.store.find(tokens, salt)
+        n_stored = found[1] if found is not None else 0
+        end = self._find_leaving(tokens, salt, n_here)
+        if reuse is not None and end is not None and end[1] >= n_stored:
+            key, n_tokens = end
+            n_copied = n_tokens - self._leaving[key].n_missing
+            if self._is_worth(n_tokens - n_here, n_copied) and scheduler.has_room(n_copied):
+                self._begin_end(key, n_tokens, reuse, request, scheduler)
+        elif found is not None:
+            n_copied = len(found[0].tokens)
+            if not self._is_worth(n_stored - n_here, n_copied) or not scheduler.has_room(n_copied):
+                return
+            if not (scheduler.n_decoding and self._begin_whole(*found, request, scheduler)):
+                self._bring_back(*found)
+
+    @staticmethod
+    def _is_worth(n_won: int, n_copied: int) -> bool:
+        return n_won >= max(_LEAST, n_copied // _MOST_COPIED)
+
+    def _find_leaving(self, tokens: Tokens, salt: str, n_here: int) -> tuple[int, int] | None:
+        """The sequence that `tokens` begin with the most of, whose end has left and whose beginning
+        is here; its key, and how much that is."""
+        best: tuple[int, int] | None = None
+        for key, leaving in self._leaving.items():
+            n_both = min(n_common(leaving.tokens, tokens), len(tokens) - 1)
+            follows = leaving.salt == salt and leaving.n_missing <= n_here
+            if follows and n_both > max(leaving.n_missing, best[1] if best is not None else 0):
+                best = key, n_both
+        return best
+
+    def _begin_end(
+        self, key: int, n_tokens: int, reuse: Reuse, request: int, scheduler: Scheduler
+    ) -> None:
+        """Let the end of a sequence come back to its beginning, which has not left yet."""
+        cache, leaving = self._cache, self._leaving[key]
+        spare = cache.spare_id
+        if spare is None:
+            return
+        try:
+            parts = leaving.arriving(self._scratch)
+        except (CannotCarry, OSError) as error:
+            self._forget(key)
+            print(f"not restored: {error}", file=sys.stderr, flush=True)
+            return
+        n_here, text = leaving.n_missing, leaving.tokens[:n_tokens]
+        sequence = cache.receive(spare, text, leaving.salt, reuse, n_here)
+        self._change(cache.take_operations())
+        self._forget(key)
+        self._settled.add(key)  # what is still there of it is there once more
+        # The file is gone with its last view.
+        self.store.reserved_bytes += leaving.n_bytes
+        self._arriving = _Arriving(request, parts, sequence, n_tokens, leaving.n_bytes, None, key)
+        self._hold(scheduler)
+
+    def _begin_whole(
+        self, stored: Stored, n_tokens: int, request: int, scheduler: Scheduler
+    ) -> bool:
         """Let a sequence come back in parts; False where that is not possible."""
         cache, spare = self._cache, self._cache.spare_id
         if spare is None or not cache.rules.cuts_anywhere:
             return False
         assert isinstance(stored.state, ExportedState)
         try:
-            parts = ArrivingSequence(self._context, stored.state, self._scratch)
-        except CannotCarry:
+            parts = ArrivingSequence.of(self._context, stored.state, self._scratch)
+        except (CannotCarry, OSError, ValueError):
             return False
         self.store.take(stored)  # or what is stored to make room may push it out
+        n_bytes = stored.state.n_bytes
+        self.store.reserved_bytes += n_bytes
         sequence = cache.receive(spare, stored.tokens[:n_tokens], stored.salt)
-        self._arriving = _Arriving(stored, parts, sequence, n_tokens)
+        self._arriving = _Arriving(request, parts, sequence, n_tokens, n_bytes, stored)
+        self._hold(scheduler)
         return True
 
+    def _hold(self, scheduler: Scheduler) -> None:
+        """Hold the request for which something arrives, or let all of it come where nobody's
+        stream waits for it."""
+        arriving = self._arriving
+        assert arriving is not None
+        scheduler.held = arriving.request
+        if not scheduler.n_decoding:
+            self._advance(arriving, scheduler, 0.0)
+
     def _advance(self, arriving: _Arriving, scheduler: Scheduler, seconds: float) -> None:
-        """Bring the next part back."""
-        n_cells = arriving.n_left
-        if not scheduler.has_room(n_cells):
-            self._stop_arrival(arriving, scheduler)
-            return
-        if scheduler.n_decoding:
-            if scheduler.n_reading:
-                return
+        """Bring the next part back; without streams all parts."""
+        if not scheduler.is_waiting(arriving.request) or not scheduler.has_room(arriving.n_left):
+            self._end_arrival(arriving, scheduler, whole=False)
+        elif not scheduler.n_decoding:
+            while self._arriving is arriving:
+                self._take(arriving, _MOST_CELLS, scheduler)
+        elif not scheduler.n_reading:
             n_most = _FIRST_CELLS
             if self._seconds_per_cell:
-                n_most = max(int(seconds / self._seconds_per_cell), _LEAST_CELLS)
-            n_cells = min(n_cells, n_most)
+                n_most = min(max(int(seconds / self._seconds_per_cell), _LEAST_CELLS), _MOST_CELLS)
+            self._take(arriving, n_most, scheduler)
+
+    def _take(self, arriving: _Arriving, n_most: int, scheduler: Scheduler) -> None:
         begun = time.monotonic()
         sequence, cache = arriving.sequence, self._cache
+        n_before, n_cells = sequence.n_cells, min(arriving.n_left, n_most)
         through = cache.claim(n_cells)
         self._change(cache.take_operations())
         if through is None:
-            self._stop_arrival(arriving, scheduler)
+            self._end_arrival(arriving, scheduler, whole=False)
             return
-        n_before = sequence.n_cells
         try:
             arriving.parts.take(sequence.slot, through, n_before, n_before + n_cells)
         except CannotCarry as error:
             print(f"not restored: {error}", file=sys.stderr, flush=True)
-            self._stop_arrival(arriving, scheduler, broken=True)
+            self._end_arrival(arriving, scheduler, whole=False, broken=True)
             return
         cache.append(sequence, n_cells)
         measured = (time.monotonic() - begun) / n_cells
         known = self._seconds_per_cell or measured
         self._seconds_per_cell = known + _SMOOTHING * (measured - known)
         if not arriving.n_left:
-            cache.arrived(sequence, n_stored=arriving.n_tokens)
-            self._end_arrival(arriving, scheduler)
-
-    def _stop_arrival(
-        self, arriving: _Arriving, scheduler: Scheduler, *, broken: bool = False
-    ) -> None:
-        """Do without: the request is read like any other."""
-        self._cache.drop(arriving.sequence)
-        self._change(self._cache.take_operations())
-        self._end_arrival(arriving, scheduler, broken=broken)
+            self._end_arrival(arriving, scheduler, whole=True)
 
     def _end_arrival(
-        self, arriving: _Arriving, scheduler: Scheduler, *, broken: bool = False
+        self, arriving: _Arriving, scheduler: Scheduler, *, whole: bool, broken: bool = False
     ) -> None:
+        """Keep what is there as a `whole`, or do without: the request is read like any other."""
         self._arriving = scheduler.held = None
-        if broken:
-            arriving.stored.state.close()
-        else:
-            self.store.put(arriving.stored)
+        self.store.reserved_bytes -= arriving.n_bytes
+        stored, kept = arriving.stored, False
+        if stored is not None and broken:
+            stored.state.close()
+        elif stored is not None:
+            kept = self._put(stored)
+        if whole:
+            self._cache.arrived(arriving.sequence, arriving.n_tokens if kept else 0)
+            return
+        self._settled.discard(arriving.key)
+        self._cache.drop(arriving.sequence)
+        self._change(self._cache.take_operations())
 
     def _bring_back(self, stored: Stored, n_tokens: int) -> None:
         context, cache = self._context, self._cache
         n_stored = len(stored.tokens)
         self.store.take(stored)  # or what is stored to make room may push it out
+        n_bytes = stored.state.n_bytes
+        self.store.reserved_bytes += n_bytes
         slot = cache.claim(n_stored)
         self._change(cache.take_operations())
+        self.store.reserved_bytes -= n_bytes
         if slot is None:
-            self.store.put(stored)
+            self._put(stored)
             return
         assert isinstance(stored.state, ExportedState)
         try:
@@ -268,5 +344,5 @@ class ColdTier:
             return
         if n_tokens < n_stored:
             context.cut_slot(slot, n_tokens)
-        cache.adopt(slot, stored.tokens[:n_tokens], stored.salt, n_stored=n_tokens)
-        self.store.put(stored)
+        kept = self._put(stored)
+        cache.adopt(slot, stored.tokens[:n_tokens], stored.salt, n_stored=n_tokens if kept else 0)

@@ -6,6 +6,7 @@ is to be done to its memory comes out as `Operation`s, to be carried out in orde
 decode.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class PrefixCache:
         self._free_slots = list(range(n_slots - 1, -1, -1))
         self._free_spares = list(range(n_slots + rules.n_spare - 1, n_slots - 1, -1))
         self._operations: list[Operation] = []
+        self._keys = itertools.count(1)
 
     @property
     def n_used(self) -> int:
@@ -174,12 +176,19 @@ class PrefixCache:
     def claim(self, n_tokens: int) -> int | None:
         """Give up what must go for `n_tokens` more cells, and for an id that batches may use;
         returns a free one. None where all run."""
-        self.make_room(n_tokens)
+        # First the id: what is stored to make room goes by way of a free one.
         if not self._free_slots:
             if not any(kept.slot < self._n_slots for kept in self._kept):
                 return None
             self._free_slots.append(self._take_slot())
+        self.make_room(n_tokens)
         return self._free_slots[-1]
+
+    @property
+    def leaving(self) -> set[int]:
+        """The keys of the sequences whose end is given up to be stored, and whose beginning is
+        still here."""
+        return {kept.leaving for kept in self._kept if kept.leaving}
 
     @property
     def spare_id(self) -> int | None:
@@ -193,11 +202,17 @@ class PrefixCache:
         self.append(sequence, len(tokens))
         self.arrived(sequence, n_stored)
 
-    def receive(self, slot: int, tokens: Tokens, salt: str) -> CachedSequence:
-        """Begin a sequence that is read from elsewhere under a free id. What is `append`ed is not
-        given up before it has `arrived`."""
+    def receive(
+        self, slot: int, tokens: Tokens, salt: str, reuse: Reuse | None = None, n_here: int = 0
+    ) -> CachedSequence:
+        """Begin a sequence that is read from elsewhere under a free id, on top of the first
+        `n_here` tokens of what is reused. What is `append`ed is not given up before it has
+        `arrived`."""
         (self._free_slots if slot < self._n_slots else self._free_spares).remove(slot)
-        return self._tree.open(slot, tokens, salt)
+        if reuse is None:
+            return self._tree.open(slot, tokens, salt)
+        self._operations.append(Copy(reuse.source.slot, slot, n_here))
+        return self._tree.open(slot, tokens, salt, self._tree.shorten(reuse.match, n_here))
 
     def arrived(self, sequence: CachedSequence, n_stored: int = 0) -> None:
         """Keep a sequence that is there as far as it is wanted. `n_stored` of its tokens are in
@@ -262,7 +277,7 @@ class PrefixCache:
             self._operations.append(Cut(sequence.slot, reuse.n_tokens))
             self._tree.cut(sequence, reuse.n_tokens)
         sequence.n_stored = min(sequence.n_stored, sequence.n_cells)
-        sequence.leaving = False
+        sequence.leaving = 0
         self._tree.resume(sequence, tokens)
         if sequence.slot >= self._n_slots:
             self._move(sequence, self._take_slot())
@@ -315,6 +330,8 @@ class PrefixCache:
             n_left = 0
         if stores:
             self._store(victim, n_left)
+        else:
+            victim.leaving = 0
         if not n_left:
             self._evict(victim)
             return
@@ -326,14 +343,18 @@ class PrefixCache:
         and the rest follows."""
         worth = sequence.wanted or self._worth.pays
         new = sequence.n_cells >= max(SHORTEST, sequence.n_stored + 1)
-        return self._stores and worth and (sequence.leaving or new)
+        return self._stores and worth and (sequence.leaving > 0 or new)
 
     def _store(self, sequence: CachedSequence, n_left: int) -> None:
         """Have what a sequence loses stored, if it is to be."""
         if self._is_to_store(sequence):
+            sequence.leaving = sequence.leaving or next(self._keys)
             tokens = sequence.tokens[: sequence.n_cells].copy()
-            self._operations.append(Store(sequence.slot, tokens, sequence.salt, n_left))
-            sequence.leaving = True
+            self._operations.append(
+                Store(sequence.slot, tokens, sequence.salt, n_left, sequence.leaving)
+            )
+        else:
+            sequence.leaving = 0
 
     def _evict(self, sequence: CachedSequence) -> None:
         del self._kept[sequence]

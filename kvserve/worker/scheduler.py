@@ -129,6 +129,10 @@ class Scheduler:
         entry.n_tokens += n_tokens
         entry.decoding = True
 
+    def is_waiting(self, request: int) -> bool:
+        """Whether a request waits for a place."""
+        return any(entry.id == request for entry in self._waiting)
+
     def next_admissible(self) -> list[tuple[int, Tokens, str]]:
         """Ids, beginnings and salts of the requests that the next `plan` admits whatever is
         cached."""

@@ -187,6 +187,11 @@ class Blank:
             os.close(self.fd)
             raise
 
+    def view(self, n_bytes: int) -> Bytes:
+        """What is written so far of a file that has, or gets, `n_bytes`; read-only."""
+        os.ftruncate(self.fd, n_bytes)
+        return np.frombuffer(mmap.mmap(self.fd, n_bytes, prot=mmap.PROT_READ), dtype=np.uint8)
+
     def take(self, n_bytes: int) -> Bytes:
         """The file's mapping, made `n_bytes` long. This object keeps no reference to it."""
         file, self._file = self._file, None

@@ -7,6 +7,7 @@ Plain attention alone.
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 
@@ -32,15 +33,20 @@ from kvserve.worker.carry.structure import (
 )
 from kvserve.worker.llama import Context
 
+_MOST_SCRATCH_BYTES = 2**27
+
 
 class Scratch:
-    """Memory that is used again, so that its pages are there."""
+    """Memory that is used again, so that its pages are there; more than `_MOST_SCRATCH_BYTES` are
+    given back."""
 
     def __init__(self) -> None:
         self._memory: Bytes = np.empty(0, dtype=np.uint8)
 
     def take(self, n_bytes: int) -> Bytes:
         """`n_bytes` of it; whatever was taken before is written over."""
+        if n_bytes > _MOST_SCRATCH_BYTES:
+            return np.empty(n_bytes, dtype=np.uint8)
         if len(self._memory) < n_bytes:
             self._memory = np.empty(n_bytes, dtype=np.uint8)
         return self._memory[:n_bytes]
@@ -61,21 +67,22 @@ class Writer:
         return self._scratch.take(n_bytes)
 
     def begin(self, task: Callable[[], None]) -> None:
-        """Have a task write what is in the buffer. It raises nothing."""
+        """Have a task write what is in the buffer."""
         self._last = self._pool.submit(task)
 
     def wait(self) -> None:
         """Return when all is written."""
-        if self._last is not None:
-            self._last.result()
-            self._last = None
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 class LeavingSequence:
     """The state of a sequence with cells for all `tokens`, copied from its end to its beginning.
 
-    The cells of the first `n_missing` are not there yet. Raises CannotCarry where the memory's form
-    is not known, OSError where the kernel gives no memory.
+    The cells of the first `n_missing` are not there yet; `n_bytes` is about what all will take.
+    Raises CannotCarry where the memory's form is not known, OSError where the kernel gives no
+    memory.
     """
 
     def __init__(
@@ -86,11 +93,12 @@ class LeavingSequence:
         self.n_missing = len(tokens)
         self._context = context
         self._writer = writer
-        self._failure: OSError | None = None
+        self._failure: OSError | CannotCarry | None = None
+        self.n_bytes = context.state_bytes(slot) + 8 * len(tokens) + HEADER_BYTES
         self._layout = exportable(context, slot, salt)
         self._ext: Bytes = np.zeros((len(tokens), self._layout.cell_ext_bytes), dtype=np.uint8)
         self._whole: SequenceState | None = None
-        self._blank = Blank(0, populated=False)
+        self._blank: Blank | None = Blank(0, populated=False)
 
     def add(self, slot: int, n_left: int, through: int | None) -> None:
         """Copy the cells from the first `n_left` tokens on to the first `n_missing`, from `slot`,
@@ -129,12 +137,26 @@ class LeavingSequence:
         n_tokens = len(self.tokens)
         origin = origin_of(self._context)
         contents = Contents(origin, self._layout, whole.n_bytes, n_tokens, n_tokens, salt=self.salt)
-        return write_state(contents, self.tokens, fill, self._blank)
+        blank, self._blank = self._blank, None
+        return write_state(contents, self.tokens, fill, blank)
+
+    def arriving(self, scratch: Scratch) -> "ArrivingSequence":
+        """What was copied, to be taken into the context again behind the first `n_missing` tokens.
+        Raises CannotCarry or OSError."""
+        self._writer.wait()
+        self._check()
+        assert self._blank is not None
+        assert self._whole is not None
+        data = self._blank.view(HEADER_BYTES + self._whole.n_bytes)[HEADER_BYTES:]
+        positions = np.arange(len(self.tokens), dtype=np.int32)
+        return ArrivingSequence(self._context, data, self._whole, positions, self._ext, scratch)
 
     def close(self) -> None:
         """Give the memory back, of a state that is not finished."""
         self._writer.wait()
-        self._blank.close()
+        if self._blank is not None:
+            self._blank.close()
+            self._blank = None
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -154,8 +176,11 @@ class LeavingSequence:
                 self._write(found, place.offset + first * place.row_bytes)
         except OSError as error:
             self._failure = error
+        except Exception as error:
+            self._failure = CannotCarry(Reason.EXPORT, f"writing a part failed: {error!r}")
 
     def _write(self, rows: Bytes, offset: int) -> None:
+        assert self._blank is not None
         left = rows.data.cast("B")
         begin = HEADER_BYTES + offset
         while left:
@@ -164,18 +189,36 @@ class LeavingSequence:
 
 
 class ArrivingSequence:
-    """An exported state, to be taken into `context` from its beginning to its end.
+    """A state that is taken into `context` from its beginning to its end.
 
-    Raises CannotCarry: IDENTITY, LAYOUT or MALFORMED.
+    `data` has the rows that `state` tells of, of cells at `positions` with `ext` beside them.
     """
 
-    def __init__(self, context: Context, state: ExportedState, scratch: Scratch) -> None:
-        check_origin(context, state)
+    def __init__(
+        self,
+        context: Context,
+        data: Bytes,
+        state: SequenceState,
+        positions: Tokens,
+        ext: Bytes,
+        scratch: Scratch,
+    ) -> None:
         self._context = context
         self._scratch = scratch
-        self._data = state.view()
-        self._state = parse(self._data, state.layout)
-        self._positions, self._ext = cells_of(self._state, state.layout.cell_ext_bytes)
+        self._data = data
+        self._state = state
+        self._positions = positions
+        self._ext = ext
+
+    @classmethod
+    def of(cls, context: Context, exported: ExportedState, scratch: Scratch) -> Self:
+        """Of an exported state. Raises CannotCarry: IDENTITY, LAYOUT or MALFORMED; OSError or
+        ValueError where it cannot be mapped."""
+        check_origin(context, exported)
+        data = exported.view()
+        state = parse(data, exported.layout)
+        positions, ext = cells_of(state, exported.layout.cell_ext_bytes)
+        return cls(context, data, state, positions, ext, scratch)
 
     def take(self, slot: int, through: int, begin: int, end: int) -> None:
         """Give sequence `slot`, which holds the cells of the first `begin` tokens, those up to the

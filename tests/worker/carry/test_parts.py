@@ -111,7 +111,7 @@ def test_what_comes_back_in_parts_goes_on_as_if_nothing_was(
     export = left_in_parts if from_parts else export_sequence
     arguments = {"cut": False} if from_parts else {"tokens": TOKENS[:N_TOKENS], "salt": "s"}
     state = opened.enter_context(export(old, 0, **arguments))
-    arriving = ArrivingSequence(new, state, Scratch())
+    arriving = ArrivingSequence.of(new, state, Scratch())
     begin = 0
     for end in (1, 64, 65, N_TOKENS):
         decode(new, 3, random_tokens(9, seed=end), new.n_cached(3))
@@ -131,7 +131,7 @@ def test_only_its_beginning_comes_back_too(backend: Backend, path: Path, opened:
     old, new = backend.context(path), backend.context(path)
     scattered(old)
     state = opened.enter_context(left_in_parts(old, cut=False))
-    arriving = ArrivingSequence(new, state, Scratch())
+    arriving = ArrivingSequence.of(new, state, Scratch())
     arriving.take(SPARE, THROUGH, 0, 30)
     arriving.take(SPARE, THROUGH, 30, 70)
     import_sequence(new, 1, state)
@@ -147,7 +147,7 @@ def test_a_part_that_does_not_follow_is_refused(
 ) -> None:
     old, new = (backend.context(small_model("llama")) for _ in range(2))
     scattered(old)
-    arriving = ArrivingSequence(new, opened.enter_context(left_in_parts(old)), Scratch())
+    arriving = ArrivingSequence.of(new, opened.enter_context(left_in_parts(old)), Scratch())
     arriving.take(SPARE, THROUGH, 0, 30)
     for begin, end in ((20, 40), (40, 50), (30, N_TOKENS + 1)):
         with pytest.raises(CannotCarry) as refused:
@@ -162,7 +162,7 @@ def test_where_no_cells_are_free_nothing_changes(
 ) -> None:
     old, new = (backend.context(small_model("llama")) for _ in range(2))
     scattered(old)
-    arriving = ArrivingSequence(new, opened.enter_context(left_in_parts(old)), Scratch())
+    arriving = ArrivingSequence.of(new, opened.enter_context(left_in_parts(old)), Scratch())
     decode(new, 1, random_tokens(480))
     arriving.take(SPARE, THROUGH, 0, 20)
     with pytest.raises(CannotCarry):
@@ -181,7 +181,7 @@ def test_states_of_another_kind_are_refused(
         (backend.context(small_model("deepseek2")), Reason.IDENTITY),
     ):
         with pytest.raises(CannotCarry) as refused:
-            ArrivingSequence(other, state, Scratch())
+            ArrivingSequence.of(other, state, Scratch())
         assert refused.value.reason is reason
 
 
