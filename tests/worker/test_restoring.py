@@ -62,6 +62,8 @@ def test_beside_streams_a_conversation_comes_back_between_their_tokens(
     back = model.ask(longer, n_answer=6)
     streamed, again = peer.finish(running, back)
     assert again.end.n_cached_tokens == LONG + len(first[0].tokens) - 1
+    ended = [n for n, step in enumerate(peer.steps) for end in step.ends if end.id == back]
+    assert ended[0] < len(peer.steps) - 100, "it does not wait until the stream ends"
     n_read = [step.n_prefilled for step in peer.steps]
     assert sum(n_read) == 3 * (LONG + 1) + len(stream) + 4, "it was not read again"
     assert_same(again, model.cold(longer, n_answer=6))

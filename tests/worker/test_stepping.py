@@ -23,6 +23,7 @@ from kvserve.ipc.messages import (
 )
 from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.chat import ChatRenderer
+from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.drawing import Drawn, Wish
 from kvserve.worker.engine import Engine
 from kvserve.worker.executor import Executor
@@ -33,6 +34,7 @@ from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.step_rows import StepRows
+from kvserve.worker.stepping import Stepper
 from kvserve.worker.templates import choose
 from tests.models import write_model
 from tests.worker.carry.conftest import Backend
@@ -237,7 +239,13 @@ def test_the_pace_knows_what_computes_and_what_waits(
         told.append((n_batch, on_gpu, tiles))
         return Recording(n_batch, on_gpu=on_gpu, tiles=tiles)
 
-    draw = Executor.draw
+    draw, restore, allowed = Executor.draw, ColdTier.restore, []
+
+    def restoring(self: ColdTier, scheduler: Scheduler, seconds: float) -> None:
+        allowed.append((scheduler.n_decoding, seconds))
+        restore(self, scheduler, seconds)
+
+    monkeypatch.setattr(ColdTier, "restore", restoring)
 
     def slow(self: Executor, plan: Plan, jobs: dict[int, Job]) -> list[tuple[Wish, Drawn]]:
         time.sleep(0.02)
@@ -254,5 +262,27 @@ def test_the_pace_knows_what_computes_and_what_waits(
     # What is drawn is a part of the streams' steps, not of what prompt tokens take.
     assert median(seconds for reads, seconds in observed if reads) < 0.02
     assert min(seconds for reads, seconds in observed if not reads) >= 0.02
+    assert min(seconds for n_decoding, seconds in allowed if n_decoding) >= 0.8 * 0.02
     assert all(gap >= seconds for _, gap, seconds in gaps)
     assert sum(gap for _, gap, _ in gaps[1:]) == pytest.approx(gaps[-1][0] - gaps[0][0], rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+def test_while_a_conversation_comes_back_every_step_is_planned(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its parts come in before the plan."""
+    followed = []
+    follow = Stepper._follow
+
+    def counted(self: Stepper, *arguments: object) -> object:
+        followed.append(1)
+        return follow(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "_follow", counted)
+    plain = run(context, speculates=False, cancels={})
+    assert followed
+    followed.clear()
+    monkeypatch.setattr(ColdTier, "restoring", True)
+    assert run(context, speculates=False, cancels={}).outcome == plain.outcome
+    assert not followed
