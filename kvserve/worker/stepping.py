@@ -99,6 +99,8 @@ class Stepper:
     def step(self) -> None:
         """Decode a batch, and more of them while nothing changes but the tokens."""
         scheduler = self._scheduler
+        if self._cold.restoring:
+            self._outbox.flush()
         self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
         asks = self._asks()
         n_prefill = self._pace.limit(
