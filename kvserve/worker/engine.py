@@ -25,7 +25,6 @@ from kvserve.ipc.messages import (
 )
 from kvserve.worker.arriving import Incoming, Paths, incoming_for, log_refusals
 from kvserve.worker.carrying import ExportFiles, export
-from kvserve.worker.cell_rules import Store
 from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.copying_ahead import Copies
@@ -86,9 +85,9 @@ class Engine:
         self._executor = Executor(
             context,
             Drawer(n_threads, context.vocab.piece, n_openmp),
-            store=self._store,
+            store=lambda operation: cold.keep(operation),  # noqa: PLW0108 - not there yet
         )
-        self._cold = ColdTier(context, self._cache, cold_bytes, self._executor.change_memory)
+        cold = ColdTier(context, self._cache, cold_bytes, self._executor.change_memory)
         self._scheduler = Scheduler(
             context.n_ctx,
             n_slots,
@@ -106,7 +105,7 @@ class Engine:
             context,
             self._scheduler,
             self._cache,
-            self._cold,
+            cold,
             self._executor,
             self._outbox,
             speculator,
@@ -130,11 +129,6 @@ class Engine:
     def _copying(self) -> bool:
         """Whether something is to be done between steps for the next worker."""
         return self._files is not None or self._copies.busy
-
-    def _store(self, operation: Store) -> None:
-        # A copy takes a step's time: what was drawn does not wait for it.
-        self._outbox.flush()
-        self._cold.keep(operation)
 
     def _prepared(self, result: Prepared | Refused) -> None:
         """From the preparing thread. A request that only waits has no part in what may go wrong."""

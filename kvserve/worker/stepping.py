@@ -99,8 +99,9 @@ class Stepper:
     def step(self) -> None:
         """Decode a batch, and more of them while nothing changes but the tokens."""
         scheduler = self._scheduler
-        if self._cold.restoring:
-            self._outbox.flush()
+        # What was drawn does not wait for copies, and for a plan that is new; nor now and then, or
+        # the streams' gaps would be now longer and now shorter by what that takes.
+        self._outbox.flush()
         self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
         asks = self._asks()
         n_prefill = self._pace.limit(
