@@ -32,9 +32,9 @@ class Scheduler:
 
     `n_batch` must be at least `n_slots`. Each request's tokens never exceed `n_cells`: the caller
     refuses longer prompts and ends longer answers. A step checks at most `n_draft` drafted tokens;
-    with a sliding window they must be in one micro-batch of `n_ubatch`. `rows` knows which
-    numbers of rows take less time than smaller ones. The request `held` is
-    not admitted yet, nor are those behind it.
+    with a sliding window they must be in one micro-batch of `n_ubatch`. `rows` knows which numbers
+    of rows take less time than smaller ones. The request `held` is not admitted yet, nor are those
+    behind it.
     """
 
     n_cells: int
@@ -188,7 +188,7 @@ class Scheduler:
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad, n_idle)
 
-    def may_repeat(self, n_chunks: int, n_padded: int = 0) -> bool:
+    def may_repeat(self, n_chunks: int, n_padded: int) -> bool:
         """Whether, after a batch with one token of each of `n_chunks` requests and `n_padded` rows
         more that is not committed yet, `plan` would choose the same again where none of the
         requests ends: all of those that run are among them, and nothing must leave the cache for

@@ -21,8 +21,8 @@ _WORTH = 0.97
 
 
 class StepRows:
-    """Learns from steps without prompts and drafts. Where `learns` is false, or what takes back the
-    rows is missing, the numbers in `known` are all there is. No step has more than `n_most`."""
+    """Learns from steps without prompts and drafts where it `learns`; else the numbers in `known`
+    are all there is. What it learns is at most `n_most` rows."""
 
     def __init__(
         self, known: Mapping[int, int] | None = None, *, learns: bool = False, n_most: int = 0

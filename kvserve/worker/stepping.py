@@ -120,7 +120,6 @@ class Stepper:
         except (CacheFull, DecodeError) as error:
             self._recover(plan, error)
             return
-        self._outbox.flush()
         self._executor.wait()
         done: _Decoded | None = self._draw(plan, asks, begun)
         self._foreseen = {}

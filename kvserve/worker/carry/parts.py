@@ -21,7 +21,13 @@ from kvserve.worker.carry.memory_file import (
     write_state,
 )
 from kvserve.worker.carry.refusal import CannotCarry, Reason
-from kvserve.worker.carry.sequence import Span, check_origin, exportable, origin_of
+from kvserve.worker.carry.sequence import (
+    Span,
+    check_origin,
+    exportable,
+    origin_of,
+    write_sequence,
+)
 from kvserve.worker.carry.structure import (
     Bytes,
     Rows,
@@ -91,6 +97,7 @@ class LeavingSequence:
         self.tokens = tokens
         self.salt = salt
         self.n_missing = len(tokens)
+        self._positions = np.arange(len(tokens), dtype=np.int32)
         self._context = context
         self._writer = writer
         self._failure: OSError | CannotCarry | None = None
@@ -114,8 +121,7 @@ class LeavingSequence:
         positions, ext = cells_of(part, self._layout.cell_ext_bytes)
         self._ext[positions] = ext
         if self._whole is None:
-            places = np.arange(len(self.tokens), dtype=np.int32)
-            self._whole = resize(part, places, self._ext)
+            self._whole = resize(part, self._positions, self._ext)
         whole = self._whole
         self._writer.begin(lambda: self._write_rows(out, part, positions, whole))
         self.n_missing = n_left
@@ -127,7 +133,7 @@ class LeavingSequence:
         whole = self._whole
         assert whole is not None
         assert not self.n_missing
-        whole = resize(whole, np.arange(len(self.tokens), dtype=np.int32), self._ext)
+        whole = resize(whole, self._positions, self._ext)
 
         def fill(out: Bytes) -> LogProbs | None:
             write_structure(whole, out)
@@ -148,8 +154,9 @@ class LeavingSequence:
         assert self._blank is not None
         assert self._whole is not None
         data = self._blank.view(HEADER_BYTES + self._whole.n_bytes)[HEADER_BYTES:]
-        positions = np.arange(len(self.tokens), dtype=np.int32)
-        return ArrivingSequence(self._context, data, self._whole, positions, self._ext, scratch)
+        return ArrivingSequence(
+            self._context, data, self._whole, self._positions, self._ext, scratch
+        )
 
     def close(self) -> None:
         """Give the memory back, of a state that is not finished."""
@@ -237,13 +244,9 @@ class ArrivingSequence:
         for rows, place in zip(self._state.rows, part.rows, strict=True):
             every = _rows_of(self._data, rows)
             _rows_of(data, place)[:] = every[first : first + n_found] if together else every[places]
-        context = self._context
-        n_read = context.write_state(through, data.ctypes.data, part.n_bytes)
-        if n_read == part.n_bytes:
-            context.copy_cells(through, slot, begin, end)
-        context.clear_slot(through)
-        if n_read != part.n_bytes:
-            raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {part.n_bytes} bytes")
+        write_sequence(self._context, through, data)
+        self._context.copy_cells(through, slot, begin, end)
+        self._context.clear_slot(through)
 
 
 def cells_of(state: SequenceState, cell_ext_bytes: int) -> tuple[Tokens, Bytes]:

@@ -188,10 +188,16 @@ def import_sequence(
         )
     data = state.view() if data is None else data
     check_span(data, state.layout, contents.n_before, contents.n_cached)
-    n_read = context.write_state(slot, data.ctypes.data, contents.state_bytes)
-    if n_read != contents.state_bytes:
+    write_sequence(context, slot, data)
+
+
+def write_sequence(context: Context, slot: int, data: Bytes) -> None:
+    """Replace a sequence by the state in `data`. Raises CannotCarry (IMPORT); the sequence is empty
+    then."""
+    n_read = context.write_state(slot, data.ctypes.data, len(data))
+    if n_read != len(data):
         context.clear_slot(slot)
-        raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {contents.state_bytes} bytes")
+        raise CannotCarry(Reason.IMPORT, f"llama.cpp took {n_read} of {len(data)} bytes")
 
 
 def check_origin(context: Context, state: ExportedState) -> None:

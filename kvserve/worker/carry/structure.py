@@ -18,6 +18,7 @@ layers have a recurrent state. A state that lacks whole rows of R and S is refus
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -147,8 +148,8 @@ def retype(state: SequenceState, target: StateLayout) -> SequenceState:
             caches.append(cache)
             continue
         offset += len(cache.cells) + _PAIR.size
-        k, offset = _retype_rows(cache.k, layout.type_k, offset)
-        v, offset = _retype_rows(cache.v, layout.type_v, offset)
+        k, offset = _lay_out(_retype_rows(cache.k, layout.type_k), offset)
+        v, offset = _lay_out(_retype_rows(cache.v, layout.type_v), offset)
         caches.append(replace(cache, k=k, v=v))
     recurrent = state.recurrent
     if recurrent is not None:
@@ -171,8 +172,8 @@ def resize(state: SequenceState, positions: NDArray[np.int32], ext: Bytes) -> Se
     if ext.size:
         cells["ext"] = np.ascontiguousarray(ext).view(cells.dtype["ext"])[:, 0]
     offset = _HEAD.size + _PAIR.size + cells.nbytes + _PAIR.size
-    k, offset = _replace_rows(cache.k, n_cells, offset)
-    v, offset = _replace_rows(cache.v, n_cells, offset)
+    k, offset = _lay_out((replace(rows, n_rows=n_cells) for rows in cache.k), offset)
+    v, offset = _lay_out((replace(rows, n_rows=n_cells) for rows in cache.v), offset)
     first, last = int(positions.min()), int(positions.max())
     cache = CacheState(n_cells, cells.tobytes(), last, k, v, first)
     return replace(state, caches=(cache,), n_tokens=last + 1, n_bytes=offset)
@@ -319,9 +320,7 @@ def _parse_recurrent(reader: _Reader) -> RecurrentPart:
     return RecurrentPart(begin, reader.offset - begin, last_position)
 
 
-def _retype_rows(
-    every: tuple[Rows, ...], kv_type: KvType | None, offset: int
-) -> tuple[tuple[Rows, ...], int]:
+def _retype_rows(every: tuple[Rows, ...], kv_type: KvType | None) -> list[Rows]:
     retyped = []
     for rows in every:
         assert kv_type is not None
@@ -329,21 +328,18 @@ def _retype_rows(
             row_size = row_bytes(kv_type, rows.n_elements)
         except ValueError as error:
             raise CannotCarry(Reason.LAYOUT, str(error)) from None
-        offset += _ROWS.size
-        retyped.append(Rows(kv_type, row_size, rows.n_rows, offset))
-        offset += rows.n_rows * row_size
-    return tuple(retyped), offset
+        retyped.append(replace(rows, kv_type=kv_type, row_bytes=row_size))
+    return retyped
 
 
-def _replace_rows(
-    every: tuple[Rows, ...], n_rows: int, offset: int
-) -> tuple[tuple[Rows, ...], int]:
-    moved = []
+def _lay_out(every: Iterable[Rows], offset: int) -> tuple[tuple[Rows, ...], int]:
+    """Rows one after another from `offset` on, and where they end."""
+    placed = []
     for rows in every:
         offset += _ROWS.size
-        moved.append(replace(rows, n_rows=n_rows, offset=offset))
-        offset += n_rows * rows.row_bytes
-    return tuple(moved), offset
+        placed.append(replace(rows, offset=offset))
+        offset += rows.n_bytes
+    return tuple(placed), offset
 
 
 def _malformed(why: str) -> CannotCarry:
