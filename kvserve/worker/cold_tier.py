@@ -1,8 +1,8 @@
 """Between the KV cache and host memory: what is given up is stored, what comes back is restored.
 
 Both are copies of 1 to 5 GB/s, and a long conversation has gigabytes. Plain attention is copied in
-parts between steps, where that can be: as many cells as others need just now, or as the streams
-that run can wait for. A sequence that has to go as a whole, for its id, is copied at once.
+parts between steps, where that can be: as many cells as the streams that run can wait for, or as
+others need just now. A sequence that has to go as a whole, for its id, is copied at once.
 """
 
 import sys
@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvserve.worker.carry.memory_file import ExportedState
-from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence, Scratch, Writer
+from kvserve.worker.carry.parts import (
+    PART_BYTES,
+    ArrivingSequence,
+    LeavingSequence,
+    Scratch,
+    Writer,
+)
 from kvserve.worker.carry.refusal import CannotCarry
 from kvserve.worker.carry.sequence import export_sequence, import_sequence
 from kvserve.worker.cell_rules import Operation, Store
@@ -28,8 +34,27 @@ _MOST_COPIED = 8
 _MOST_LEAVING = 4
 """Sequences that are stored in part."""
 _FIRST_CELLS, _LEAST_CELLS, _MOST_CELLS = 64, 16, 512
-"""Cells that are restored at a time before it is known how long one takes, at least and at most."""
+"""Cells that are copied at a time before it is known how long one takes, at least and at most."""
 _SMOOTHING = 0.3
+
+
+class _Speed:
+    """How long cells take one way, a part of them with what any part takes."""
+
+    def __init__(self) -> None:
+        self._seconds_per_cell = 0.0
+
+    def observe(self, n_cells: int, seconds: float) -> None:
+        """Note a part."""
+        measured = seconds / n_cells
+        known = self._seconds_per_cell or measured
+        self._seconds_per_cell = known + _SMOOTHING * (measured - known)
+
+    def cells_in(self, seconds: float) -> int:
+        """As many as should be copied in so many `seconds`."""
+        if not self._seconds_per_cell:
+            return _FIRST_CELLS
+        return min(max(int(seconds / self._seconds_per_cell), _LEAST_CELLS), _MOST_CELLS)
 
 
 @dataclass(slots=True)
@@ -63,12 +88,13 @@ class ColdTier:
         self._context = context
         self._cache = cache
         self._change = change
-        self._scratch = Scratch()
-        self._writer = Writer()
+        on_gpu = context.asynchronous
+        self._scratch, self._writer = Scratch(page_locked=on_gpu), Writer(page_locked=on_gpu)
+        self._most_cells = _MOST_CELLS
         self._leaving: dict[int, LeavingSequence] = {}
         self._settled: set[int] = set()
         self._arriving: _Arriving | None = None
-        self._seconds_per_cell = 0.0
+        self._speed_out, self._speed_in = _Speed(), _Speed()
         # The kernel takes 60 ms to get the memory of a long conversation back.
         closing = ThreadPoolExecutor(1, "closing")
         self.store = ColdStore(
@@ -81,6 +107,10 @@ class ColdTier:
     def restoring(self) -> bool:
         """Whether a part comes back before each step."""
         return self._arriving is not None
+
+    def n_leaving(self, seconds: float) -> int:
+        """Cells that `keep` copies in about so many `seconds`."""
+        return min(self._speed_out.cells_in(seconds), self._most_cells)
 
     def keep(self, operation: Store) -> None:
         """Copy cells that are about to leave the cache. What cannot be copied is lost, as it would
@@ -127,6 +157,7 @@ class ColdTier:
             self._settled.add(operation.key)
             return
         leaving = LeavingSequence(self._context, slot, tokens, salt, self._writer)
+        self._size_parts(leaving.n_bytes, len(tokens))
         while len(self._leaving) >= _MOST_LEAVING or not self.store.reserve(leaving.n_bytes):
             if not self._leaving:
                 leaving.close()
@@ -142,9 +173,10 @@ class ColdTier:
             if through is None:
                 # All ids are taken: what there is, is copied now.
                 leaving.add(operation.slot, 0, None)
-            while leaving.n_missing > n_left:
-                part = max(n_left, leaving.n_missing - _MOST_CELLS)
-                leaving.add(operation.slot, part, through)
+            while (n_before := leaving.n_missing) > n_left:
+                begun = time.monotonic()
+                leaving.add(operation.slot, max(n_left, n_before - self._most_cells), through)
+                self._speed_out.observe(n_before - leaving.n_missing, time.monotonic() - begun)
             if leaving.n_missing:
                 return
             state = leaving.finish()
@@ -154,6 +186,9 @@ class ColdTier:
         self._forget(operation.key)
         self._settled.add(operation.key)
         self._put(Stored(state, leaving.tokens, leaving.salt))
+
+    def _size_parts(self, n_bytes: int, n_cells: int) -> None:
+        self._most_cells = min(max(PART_BYTES * n_cells // n_bytes, _LEAST_CELLS), _MOST_CELLS)
 
     def _free_id(self) -> int | None:
         """A sequence id that nothing has now, whatever is still to be done."""
@@ -257,6 +292,7 @@ class ColdTier:
         self.store.reserved_bytes += n_bytes
         sequence = cache.receive(spare, stored.tokens[:n_tokens], stored.salt)
         self._arriving = _Arriving(request, parts, sequence, n_tokens, n_bytes, stored)
+        self._size_parts(n_bytes, len(stored.tokens))
         self._hold(scheduler)
         return True
 
@@ -275,11 +311,9 @@ class ColdTier:
             self._end_arrival(arriving, scheduler, whole=False)
         elif not scheduler.n_decoding:
             while self._arriving is arriving:
-                self._take(arriving, _MOST_CELLS, scheduler)
+                self._take(arriving, self._most_cells, scheduler)
         elif not scheduler.n_reading:
-            n_most = _FIRST_CELLS
-            if self._seconds_per_cell:
-                n_most = min(max(int(seconds / self._seconds_per_cell), _LEAST_CELLS), _MOST_CELLS)
+            n_most = min(self._speed_in.cells_in(seconds), self._most_cells)
             self._take(arriving, n_most, scheduler)
 
     def _take(self, arriving: _Arriving, n_most: int, scheduler: Scheduler) -> None:
@@ -298,9 +332,7 @@ class ColdTier:
             self._end_arrival(arriving, scheduler, whole=False, broken=True)
             return
         cache.append(sequence, n_cells)
-        measured = (time.monotonic() - begun) / n_cells
-        known = self._seconds_per_cell or measured
-        self._seconds_per_cell = known + _SMOOTHING * (measured - known)
+        self._speed_in.observe(n_cells, time.monotonic() - begun)
         if not arriving.n_left:
             self._end_arrival(arriving, scheduler, whole=True)
 

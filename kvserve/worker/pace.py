@@ -131,7 +131,9 @@ class Pace:
         n_others = n_tokens - n_prefilled
         self._n_last = n_tokens
         if not n_prefilled:
-            self._steps.observe(n_others, seconds)
+            # The first one after a prompt's has no graph yet, and is no measure of what others are.
+            if not self._mixed:
+                self._steps.observe(n_others, seconds)
             self._mixed = False
             return
         self._mixed = n_others > 0

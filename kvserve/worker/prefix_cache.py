@@ -20,8 +20,6 @@ _SHORTEST = 16
 _NO_ID = -1
 _EVICTED_SHARE = 64
 """At least a 64th of all cells is given up at a time, lest a running request ask at every step."""
-_STORED_CELLS = 32
-"""Where they are stored first, fewer: the streams wait for the copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +219,21 @@ class PrefixCache:
         sequence.n_stored = n_stored
         self._kept[sequence] = None
 
-    def make_room(self, n_tokens: int) -> None:
-        """Give up kept cells until `n_tokens` more fit, or no more are kept."""
+    def stores_for(self, n_tokens: int) -> bool:
+        """Whether kept cells are stored before `n_tokens` more fit."""
+        n_missing = self._tree.n_cells + n_tokens - self._n_cells
+        for kept in self._kept:
+            if n_missing <= 0:
+                return False
+            n_freeable = self._tree.n_freeable(kept)
+            if n_freeable and self._is_to_store(kept):
+                return True
+            n_missing -= n_freeable
+        return False
+
+    def make_room(self, n_tokens: int, n_stored: int = 0) -> None:
+        """Give up kept cells until `n_tokens` more fit, or no more are kept. Of those that are
+        stored first, up to `n_stored` more than that: streams wait for the copy."""
         while (n_missing := self._tree.n_cells + n_tokens - self._n_cells) > 0:
             victims = (kept for kept in self._kept if self._tree.n_freeable(kept))
             victim = next(victims, None)
@@ -230,7 +241,7 @@ class PrefixCache:
                 return
             least = self._n_cells // _EVICTED_SHARE
             if self._is_to_store(victim):
-                least = min(least, _STORED_CELLS)
+                least = min(least, n_stored)
             self._shrink(victim, max(n_missing, least), stores=True)
 
     def evict_oldest(self) -> bool:

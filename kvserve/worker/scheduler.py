@@ -48,6 +48,7 @@ class Scheduler:
     _waiting: deque[Entry] = field(default_factory=deque)
     _running: list[Entry] = field(default_factory=list)
     _closed: bool = False
+    _copied: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -154,11 +155,19 @@ class Scheduler:
         return self._n_cells_promised() + n_tokens + growth <= self.n_cells
 
     def plan(
-        self, n_prefill_max: int, drafts: Mapping[int, tuple[int, ...]] | None = None
+        self,
+        n_prefill_max: int,
+        drafts: Mapping[int, tuple[int, ...]] | None = None,
+        n_stored: int = 0,
     ) -> Batch:
         """The next batch: one token of every generating request, with as much of its draft as there
         is room for, then up to `n_prefill_max` prompt tokens. Empty only where nothing waits or
-        runs."""
+        runs.
+
+        Where prompts need cells that have to be stored first, about `n_stored` are, and streams
+        have that step for themselves: they wait for a copy or for a prompt. The next step reads,
+        whatever it takes.
+        """
         self._begin_followers()
         preempted = self._make_room()
         admitted = self._admit()
@@ -175,10 +184,17 @@ class Scheduler:
             n_most = min(n_most, self.n_ubatch)
         budget = min(max(n_prefill_max, 1), n_most - len(decoding) - n_drafted)
         shares = share(prefilling, budget, self._n_outputs_each())
-        chunks += [chunk_of(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
         n_rows = len(decoding) + n_drafted + n_prefill
-        self.cache.make_room(n_rows)
+        self._copied = (
+            bool(n_prefill and decoding) and not self._copied and self.cache.stores_for(n_rows)
+        )
+        if self._copied:
+            shares, n_prefill, n_next, n_rows = [], 0, n_rows, n_rows - n_prefill
+            self.cache.make_room(n_rows + n_next, n_stored)
+        else:
+            self.cache.make_room(n_rows, n_stored)
+        chunks += [chunk_of(entry, count) for entry, count in shares]
         n_pad = 0 if n_drafted or n_prefill else self._n_pad(n_rows)
         # With a sliding window, rows that are taken back must not be in another micro-batch.
         n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch

@@ -102,12 +102,13 @@ class Stepper:
         # What was drawn does not wait for copies, and for a plan that is new; nor now and then, or
         # the streams' gaps would be now longer and now shorter by what that takes.
         self._outbox.flush()
-        self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
+        copying_s = self._pace.seconds_beside(scheduler.n_decoding)
+        self._cold.restore(scheduler, copying_s)
         asks = self._asks()
         n_prefill = self._pace.limit(
             scheduler.n_decoding, scheduler.n_unanswered, scheduler.n_unread
         )
-        plan = scheduler.plan(n_prefill, self._propose(asks))
+        plan = scheduler.plan(n_prefill, self._propose(asks), self._cold.n_leaving(copying_s))
         self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]

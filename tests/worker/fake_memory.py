@@ -114,10 +114,11 @@ def fake_scheduler(
     n_draft: int = 0,
     rows: dict[int, int] | None = None,
     learns: bool = False,
+    stores: bool = False,
 ) -> tuple[Scheduler, FakeMemory]:
     """A scheduler, and the memory that its batches are meant for."""
     memory = FakeMemory(n_cells if n_really is None else n_really, n_slots, rules)
-    cache = PrefixCache(n_cells, n_slots, rules, memory.first_position, shortest)
+    cache = PrefixCache(n_cells, n_slots, rules, memory.first_position, shortest, stores=stores)
     step_rows = StepRows(rows, learns=learns, n_most=n_slots + n_draft)
     scheduler = Scheduler(n_cells, n_slots, n_batch, cache, n_draft, n_batch, step_rows)
     return scheduler, memory

@@ -94,7 +94,7 @@ def test_what_must_go_is_stored_just_before_its_cells_are_given_up(wanted: bool)
     cache = cache_of(stores=True)
     kept_in(cache, tokens(600), wanted=wanted)
     for n_wanted in (450, 460, 800, 1000):
-        cache.make_room(n_wanted)
+        cache.make_room(n_wanted, 32)
     operations = cache.take_operations()
     n_cells, stores, cuts = 600, operations[::2], operations[1::2]
     for store, cut in zip(stores, cuts, strict=True):
@@ -104,6 +104,34 @@ def test_what_must_go_is_stored_just_before_its_cells_are_given_up(wanted: bool)
         n_cells = store.n_left
     assert n_cells == 0
     assert [store.n_left for store in stores] == [550, 535, 200, 0]
+
+
+@pytest.mark.parametrize("stores", [True, False])
+def test_it_tells_whether_room_needs_a_copy(stores: bool) -> None:
+    cache = cache_of(stores=stores)
+    kept_in(cache, tokens(SHORTEST - 1))
+    kept_in(cache, tokens(500, 5000))
+    n_short = 1000 - 500
+    assert not cache.stores_for(n_short - SHORTEST + 1), "it fits"
+    assert not cache.stores_for(n_short), "what is short is given up without"
+    assert cache.stores_for(n_short + 1) == stores
+    assert cache.stores_for(2000) == stores
+    running = cache.open(tokens(10, 9000), "mine", None)
+    cache.append(running, 10)
+    assert cache.stores_for(n_short - 9) == stores
+    while cache.evict_oldest():
+        pass
+    assert not cache.stores_for(2000), "nothing is left"
+
+
+def test_what_running_ones_share_makes_no_room_and_needs_no_copy() -> None:
+    cache = cache_of(stores=True)
+    text = tokens(600)
+    kept_in(cache, text)
+    reuse = cache.find(np.append(text, 1).astype(np.int32), "mine")
+    assert reuse is not None
+    cache.open(np.append(text, 1).astype(np.int32), "mine", reuse)
+    assert not cache.stores_for(1000)
 
 
 def test_where_nothing_is_stored_more_is_given_up_at_a_time() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvserve.worker import cold_tier
+from kvserve.worker.batches import Batch as Plan
 from kvserve.worker.carry import memory_file, parts
 from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence
 from kvserve.worker.carry.refusal import CannotCarry, Reason
@@ -60,6 +61,7 @@ class House:
         self.tier = ColdTier(context, self.cache, limit_bytes, self.change)
         self.scheduler = Scheduler(N_CELLS, N_SLOTS, N_BATCH, self.cache)
         self.operations: list[Operation] = []
+        self.plan = Plan(())
         self.texts: dict[int, np.ndarray] = {}
         self.n_known: dict[int, int] = {}
         self.n_cached: dict[int, int] = {}
@@ -79,7 +81,7 @@ class House:
 
     def step(self, seconds: float = 1.0) -> None:
         self.tier.restore(self.scheduler, seconds)
-        plan = self.scheduler.plan(N_BATCH)
+        self.plan = plan = self.scheduler.plan(N_BATCH, None, self.tier.n_leaving(seconds))
         self.change(plan.operations)
         batch = Batch(N_BATCH)
         for chunk in plan.chunks:
@@ -196,6 +198,85 @@ def test_what_a_step_needs_is_stored_just_before_it(house: House) -> None:
     assert house.tier.store.reserved_bytes > 0
     house.read(random_tokens(LONG, seed=3))
     assert [len(one.tokens) for one in house.tier.store.latest] == [LONG]
+
+
+def test_beside_a_stream_a_step_copies_or_reads(house: House) -> None:
+    house.read(random_tokens(LONG, seed=1))
+    streaming = house.stream()
+    request = house.ask(random_tokens(LONG, seed=2))
+    copied, n_before = [], house.n_known[streaming]
+    while request not in house.n_cached:
+        house.operations.clear()
+        house.step(1.0)
+        stores = [one for one in house.operations if isinstance(one, Store)]
+        if stores:
+            assert house.plan.n_prefill == 0
+            copied.append(sum(len(one.tokens) - one.n_left for one in stores))
+    assert copied
+    n_read = -(-LONG // (N_BATCH - 1))
+    assert house.n_known[streaming] - n_before == len(copied) + n_read
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> "Clock":
+    clock = Clock()
+    monkeypatch.setattr(cold_tier, "time", clock)
+    return clock
+
+
+class Clock:
+    """Time that passes with the cells that are copied, and with each copy."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_as_much_leaves_as_the_time_allows(
+    house: House, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = LeavingSequence.add
+
+    def slow(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
+        clock.now += 0.001 + 0.0001 * (self.n_missing - n_left)
+        add(self, slot, n_left, through)
+
+    monkeypatch.setattr(LeavingSequence, "add", slow)
+    assert house.tier.n_leaving(0.01) == 64, "before anything is known"
+    for seed in range(12):
+        house.cache._worth._share = 0.25
+        house.read(random_tokens(LONG, seed=seed))
+    assert 60 < house.tier.n_leaving(0.01) <= 100
+    assert house.tier.n_leaving(1e-6) == 16
+    assert house.tier.n_leaving(60.0) == 512
+
+
+def test_no_part_takes_more_memory_than_is_there_for_one(
+    house: House, taken: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.read(random_tokens(LONG, seed=1))
+    n_bytes = house.context.state_bytes(house.cache.kept[0].slot)
+    monkeypatch.setattr(cold_tier, "PART_BYTES", n_bytes // 6)
+    left: list[int] = []
+    add = LeavingSequence.add
+
+    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
+        left.append(self.n_missing - n_left)
+        add(self, slot, n_left, through)
+
+    monkeypatch.setattr(LeavingSequence, "add", recording)
+    for seed in (2, 3):
+        house.cache._worth._share = 0.25
+        house.read(random_tokens(LONG, seed=seed))
+    assert len(house.tier.store) == 1
+    assert LONG // 8 < max(left) <= LONG // 6
+    assert LONG // 8 < house.tier.n_leaving(60.0) <= LONG // 6
+    house.stream()
+    house.tier._most_cells = 512
+    assert house.finish(house.ask(random_tokens(LONG, seed=1)), 60.0) == LONG - 1
+    assert max(end - begin for begin, end in taken[1:]) <= LONG // 6
 
 
 def pushed_out(house: House) -> np.ndarray:

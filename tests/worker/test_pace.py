@@ -94,6 +94,20 @@ def grown(pace: Pace, gap: Callable[[int], float | None], n_waiting: int = 1) ->
     return pace.limit(4)
 
 
+def test_a_step_between_those_of_a_prompt_says_nothing_of_the_others() -> None:
+    """It has no graph, and takes longer."""
+    pace = warm(MACHINES[0], 4)
+    before = pace.seconds_beside(4)
+    for _ in range(20):
+        n = pace.limit(4)
+        pace.observe(n, n + 4, gpu(4, n))
+        pace.observe(0, 4, 3 * gpu(4, 0))
+    assert pace.seconds_beside(4) == before
+    for _ in range(20):
+        pace.observe(0, 4, 3 * gpu(4, 0))
+    assert pace.seconds_beside(4) == pytest.approx(3 * before)
+
+
 def test_one_long_gap_changes_little() -> None:
     """A pause for a reload, say."""
     pace = warm(MACHINES[0], 4)

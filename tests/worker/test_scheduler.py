@@ -1,6 +1,7 @@
 """The scheduler against a memory that knows the token of every cell."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvserve.worker import prefix_cache
 from kvserve.worker.batches import Batch, Chunk
+from kvserve.worker.cell_rules import Store
 from kvserve.worker.scheduler import Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
@@ -55,6 +58,8 @@ class Run:
     n_steps: int = 0
     n_accepted: int = 0
     drafts: bool = True
+    n_stored: int = 0
+    copied: list[int] = field(default_factory=list)
 
     def play(self) -> "Run":
         pending = sorted(range(len(self.asks)), key=lambda n: self.asks[n].arrives)
@@ -84,13 +89,17 @@ class Run:
         scheduler = self.scheduler
         decoding_before = scheduler.n_decoding
         drafts = {n: self._draft(n) for n in self.live} if self.drafts else {}
-        batch = scheduler.plan(self.prefill, drafts)
+        batch = scheduler.plan(self.prefill, drafts, self.n_stored)
         self.admitted += [n for n in batch.admitted if n not in self.admitted]
         self.n_prefilled += batch.n_prefill
         assert batch.chunks
         assert 0 < batch.n_tokens <= scheduler.n_batch
         assert batch.n_prefill <= max(self.prefill, 1)
-        assert self.live[0] in {chunk.id for chunk in batch.chunks}
+        if self.live[0] not in {chunk.id for chunk in batch.chunks}:
+            assert not batch.n_prefill
+            assert any(isinstance(one, Store) for one in batch.operations), "it waits for a copy"
+            assert self.n_steps - 1 not in self.copied, "never twice in a row"
+            self.copied.append(self.n_steps)
         n_decoding = batch.n_tokens - batch.n_prefill - batch.n_drafted
         assert n_decoding >= decoding_before - len(batch.preempted)
         assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
@@ -189,8 +198,17 @@ def workloads(draw: st.DrawFn, n_really_percent: int = 100) -> Run:
         n_draft=draw(st.sampled_from((0, 0, 1, 4, 12))),
         rows=draw(st.sampled_from(({}, {2: 3}, {2: 5, 3: 5, 4: 5}))),
         learns=draw(st.booleans()),
+        stores=draw(st.booleans()),
     )
-    return Run(scheduler, memory, asks, draw(st.integers(1, 64)))
+    prefill, n_stored = draw(st.integers(1, 64)), draw(st.sampled_from((0, 4, 64)))
+    return Run(scheduler, memory, asks, prefill, n_stored=n_stored)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_sequences_are_stored() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "SHORTEST", 4)
+        yield
 
 
 @given(workloads())
@@ -402,6 +420,60 @@ def test_prompt_tokens_are_counted_that_a_step_could_read() -> None:
     assert scheduler.n_unread == 0
     scheduler.remove(1)
     assert scheduler.n_unread == 11
+
+
+@pytest.mark.parametrize("n_stored", [0, 10, 100])
+def test_a_step_beside_streams_copies_or_reads(n_stored: int) -> None:
+    scheduler, memory = fake_scheduler(2000, 4, 64, stores=True)
+    texts = [np.arange(2000 * n, 2000 * n + 1800, dtype=np.int32) for n in range(3)]
+    known = {n: text.tolist() for n, text in enumerate(texts)}
+
+    def step() -> Batch:
+        batch = scheduler.plan(20, None, n_stored)
+        assert memory.decode(batch, known)
+        scheduler.commit(batch)
+        for chunk in batch.chunks:
+            if chunk.last:
+                scheduler.grow(chunk.id)
+        return batch
+
+    scheduler.add(0, texts[0], 1500)
+    while not scheduler.n_decoding:
+        step()
+    scheduler.remove(0)
+    scheduler.add(1, texts[1], 20)
+    step()
+    scheduler.add(2, texts[2], 800)
+    copied, n_read = [], 0
+    while n_read < 800:
+        n_free, batch = scheduler.cache.n_free, step()
+        stores = [one for one in batch.operations if isinstance(one, Store)]
+        if stores:
+            assert (batch.n_prefill, batch.n_tokens) == (0, 1), "the stream alone"
+            copied.append(sum(len(one.tokens) - one.n_left for one in stores))
+        else:
+            assert n_free >= batch.n_tokens > 1
+        n_read += batch.n_prefill
+    # Room for this step and the next, or as much as is wanted, up to a 64th of all cells.
+    each = max(min(n_stored, 2000 // 64), 20 + 2)
+    assert max(copied) == each
+    assert len(copied) <= 340 // (each - 2) + 1
+
+
+def test_where_no_stream_waits_a_step_copies_and_reads() -> None:
+    scheduler, memory = fake_scheduler(1000, 4, 64, stores=True)
+    for n in range(2):
+        text = np.arange(1000 * n, 1000 * n + 900, dtype=np.int32)
+        scheduler.add(n, text, 700)
+        while not scheduler.n_decoding:
+            batch = scheduler.plan(40, None, 100)
+            assert batch.n_prefill
+            assert memory.decode(batch, {n: text.tolist()})
+            scheduler.commit(batch)
+            if batch.chunks[0].last:
+                scheduler.grow(n)
+        scheduler.remove(n)
+    assert len(memory.stored) > 1
 
 
 def test_a_batch_that_goes_on_keeps_its_rows() -> None:

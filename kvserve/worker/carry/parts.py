@@ -37,33 +37,45 @@ from kvserve.worker.carry.structure import (
     resize,
     write_structure,
 )
-from kvserve.worker.llama import Context
+from kvserve.worker.llama import Context, page_locked
 
 _MOST_SCRATCH_BYTES = 2**27
+PART_BYTES = 2**25
+"""A part should be no larger."""
 
 
 class Scratch:
     """Memory that is used again, so that its pages are there; more than `_MOST_SCRATCH_BYTES` are
-    given back."""
+    given back. Where `page_locked`, a GPU copies to and from it by itself, if it can."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, page_locked: bool = False) -> None:
         self._memory: Bytes = np.empty(0, dtype=np.uint8)
+        self._page_locked = page_locked
 
     def take(self, n_bytes: int) -> Bytes:
         """`n_bytes` of it; whatever was taken before is written over."""
         if n_bytes > _MOST_SCRATCH_BYTES:
             return np.empty(n_bytes, dtype=np.uint8)
         if len(self._memory) < n_bytes:
-            self._memory = np.empty(n_bytes, dtype=np.uint8)
+            self._memory = self._allocate(n_bytes)
         return self._memory[:n_bytes]
+
+    def _allocate(self, n_bytes: int) -> Bytes:
+        if not self._page_locked:
+            return np.empty(n_bytes, dtype=np.uint8)
+        self._memory = np.empty(0, dtype=np.uint8)
+        # It takes the driver milliseconds, so not a little more each time.
+        n_bytes = max(1 << (n_bytes - 1).bit_length(), PART_BYTES)
+        found = page_locked(n_bytes)
+        return np.empty(n_bytes, dtype=np.uint8) if found is None else found
 
 
 class Writer:
     """A thread that writes what was read into files, with the memory that it is read into: fresh
     pages of a file take twice as long to fill as llama.cpp's copy."""
 
-    def __init__(self) -> None:
-        self._scratch = Scratch()
+    def __init__(self, *, page_locked: bool = False) -> None:
+        self._scratch = Scratch(page_locked=page_locked)
         self._pool = ThreadPoolExecutor(1, "writer")
         self._last: Future[None] | None = None
 

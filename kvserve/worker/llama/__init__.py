@@ -11,6 +11,7 @@ from kvserve.worker.llama.batch import Batch
 from kvserve.worker.llama.blueprint import Blueprint
 from kvserve.worker.llama.context import Context
 from kvserve.worker.llama.failures import CacheFull, DecodeError, LoadError
+from kvserve.worker.llama.host_memory import page_locked
 from kvserve.worker.llama.params import GGML_TYPES
 from kvserve.worker.llama.vocab import Vocab
 
@@ -25,6 +26,7 @@ __all__ = [
     "LoadError",
     "Vocab",
     "library",
+    "page_locked",
     "start_backend",
     "system_info",
 ]
