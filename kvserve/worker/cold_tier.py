@@ -42,10 +42,14 @@ class _Speed:
     """How long cells take one way, a part of them with what any part takes."""
 
     def __init__(self) -> None:
+        self._begun = False
         self._seconds_per_cell = 0.0
 
     def observe(self, n_cells: int, seconds: float) -> None:
-        """Note a part."""
+        """Note a part. The first one needs memory that the others have."""
+        if not self._begun:
+            self._begun = True
+            return
         measured = seconds / n_cells
         known = self._seconds_per_cell or measured
         self._seconds_per_cell = known + _SMOOTHING * (measured - known)
@@ -116,17 +120,17 @@ class ColdTier:
         """Copy cells that are about to leave the cache. What cannot be copied is lost, as it would
         be without this tier."""
         key = operation.key
-        if key in self._settled:
-            return
         leaving = self._leaving.get(key)
         try:
-            if leaving is None:
-                self._begin(operation)
-            else:
+            if leaving is not None:
                 self._add(leaving, operation)
+            elif key not in self._settled:
+                self._begin(operation)
         except (CannotCarry, OSError) as error:
             self._settled.add(key)
             print(f"not stored: {error}", file=sys.stderr, flush=True)
+        if key in self._settled:
+            self._cache.settle(key)
 
     def restore(self, scheduler: Scheduler, seconds: float) -> None:
         """Bring back what the requests that are admitted next begin with. Where streams run, as

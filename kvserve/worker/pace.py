@@ -39,6 +39,8 @@ _TILE = 64
 of their sequences has: 80 ms more for the same batch with 1,300 cells in use, which less than two
 tiles do not make up for (ggml_compute_forward_flash_attn_ext_f16 in ggml-cpu/ops.cpp)."""
 _N_STEPS = 9
+_MOST_LEFT_OUT = 64
+"""Steps that follow a prompt's, one after another, before they are all there is to learn from."""
 
 
 class Pace:
@@ -130,16 +132,15 @@ class Pace:
         """
         n_others = n_tokens - n_prefilled
         self._n_last = n_tokens
+        others_s = self._steps.estimate(n_others, self._seconds_per_token)
+        beside = n_others and (n_prefilled or self._mixed)
+        if beside and others_s is not None and gap is not None and not self._shared:
+            self._learn_stretch(gap / others_s)
         if not n_prefilled:
-            # The first one after a prompt's has no graph yet, and is no measure of what others are.
-            if not self._mixed:
-                self._steps.observe(n_others, seconds)
+            self._steps.observe(n_others, seconds, first=self._mixed)
             self._mixed = False
             return
         self._mixed = n_others > 0
-        others_s = self._steps.estimate(n_others, self._seconds_per_token)
-        if n_others and others_s is not None and gap is not None and not self._shared:
-            self._learn_stretch(gap / others_s)
         if n_prefilled < (_FEWEST_BESIDE if n_others and others_s is not None else _FEWEST):
             return
         measured = seconds / n_tokens
@@ -172,9 +173,16 @@ class _StreamSteps:
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
+        self._n_left_out = 0
 
-    def observe(self, n: int, seconds: float) -> None:
-        """Note a step. A single one that something held up will not count."""
+    def observe(self, n: int, seconds: float, *, first: bool) -> None:
+        """Note a step. A single one that something held up will not count. The `first` one after a
+        prompt's has no graph yet, or copies beside it: it counts where there are no others."""
+        if not first:
+            self._n_left_out = 0
+        elif n in self._seen and self._n_left_out < _MOST_LEFT_OUT:
+            self._n_left_out += 1
+            return
         self._seen.setdefault(n, deque(maxlen=_N_STEPS)).append(seconds)
 
     def estimate(self, n: int, seconds_per_token: float | None) -> float | None:

@@ -219,21 +219,34 @@ class PrefixCache:
         sequence.n_stored = n_stored
         self._kept[sequence] = None
 
+    @property
+    def is_storing(self) -> bool:
+        """Whether something is to be stored already, among what is to be done to the memory."""
+        return any(isinstance(operation, Store) for operation in self._operations)
+
     def stores_for(self, n_tokens: int) -> bool:
-        """Whether kept cells are stored before `n_tokens` more fit."""
+        """Whether kept cells may have to be stored before `n_tokens` more fit."""
         n_missing = self._tree.n_cells + n_tokens - self._n_cells
         for kept in self._kept:
             if n_missing <= 0:
                 return False
-            n_freeable = self._tree.n_freeable(kept)
-            if n_freeable and self._is_to_store(kept):
+            if self._is_to_store(kept) and self._tree.n_freeable(kept):
                 return True
-            n_missing -= n_freeable
+            # What others hold too is not free yet.
+            if len(kept.tail.sequences) == 1:
+                n_missing -= kept.n_cells - kept.tail.start
         return False
+
+    def settle(self, key: int) -> None:
+        """Of the sequence whose end was to be stored under `key` nothing more is: it is stored, or
+        cannot be."""
+        for kept in self._kept:
+            if kept.leaving == key:
+                kept.leaving, kept.n_stored = 0, kept.n_cells
 
     def make_room(self, n_tokens: int, n_stored: int = 0) -> None:
         """Give up kept cells until `n_tokens` more fit, or no more are kept. Of those that are
-        stored first, up to `n_stored` more than that: streams wait for the copy."""
+        stored first no fewer than `n_stored` at a time, up to a 64th of all."""
         while (n_missing := self._tree.n_cells + n_tokens - self._n_cells) > 0:
             victims = (kept for kept in self._kept if self._tree.n_freeable(kept))
             victim = next(victims, None)

@@ -165,8 +165,8 @@ class Scheduler:
         runs.
 
         Where prompts need cells that have to be stored first, about `n_stored` are, and streams
-        have that step for themselves: they wait for a copy or for a prompt. The next step reads,
-        whatever it takes.
+        have that step for themselves: they wait for a copy or for a prompt. The next step reads
+        what there is room for.
         """
         self._begin_followers()
         preempted = self._make_room()
@@ -182,19 +182,12 @@ class Scheduler:
         n_most = self.n_batch
         if n_drafted and not self.cache.rules.cuts_anywhere:
             n_most = min(n_most, self.n_ubatch)
-        budget = min(max(n_prefill_max, 1), n_most - len(decoding) - n_drafted)
-        shares = share(prefilling, budget, self._n_outputs_each())
-        n_prefill = sum(count for _, count in shares)
-        n_rows = len(decoding) + n_drafted + n_prefill
-        self._copied = (
-            bool(n_prefill and decoding) and not self._copied and self.cache.stores_for(n_rows)
-        )
-        if self._copied:
-            shares, n_prefill, n_next, n_rows = [], 0, n_rows, n_rows - n_prefill
-            self.cache.make_room(n_rows + n_next, n_stored)
-        else:
-            self.cache.make_room(n_rows, n_stored)
+        n_rows = len(decoding) + n_drafted
+        budget = min(max(n_prefill_max, 1), n_most - n_rows)
+        shares = self._read_or_copy(prefilling, n_rows, budget, n_stored)
         chunks += [chunk_of(entry, count) for entry, count in shares]
+        n_prefill = sum(count for _, count in shares)
+        n_rows += n_prefill
         n_pad = 0 if n_drafted or n_prefill else self._n_pad(n_rows)
         # With a sliding window, rows that are taken back must not be in another micro-batch.
         n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch
@@ -238,6 +231,32 @@ class Scheduler:
         self._closed = True
         self._preempt(broken=True)
         return True
+
+    def _read_or_copy(
+        self, prefilling: list[Entry], n_rows: int, budget: int, n_stored: int
+    ) -> list[tuple[Entry, int]]:
+        """What of the prompts is read beside `n_rows` of streams; there is room for all then.
+        Nothing where cells must be stored for it: that is done, as far as it may take, for the next
+        step."""
+        cache = self.cache
+        just_copied, self._copied = self._copied, False
+        if n_rows and just_copied:
+            budget = min(budget, max(cache.n_free - n_rows, 1))
+        shares = share(prefilling, budget, self._n_outputs_each())
+        n_prefill = sum(count for _, count in shares)
+        if not (n_rows and n_prefill):
+            cache.make_room(n_rows + n_prefill, n_stored)
+            return shares
+        if just_copied or not (cache.is_storing or cache.stores_for(n_rows + n_prefill)):
+            cache.make_room(n_rows + n_prefill)
+            return shares
+        self._copied = True
+        if cache.is_storing:  # for an id
+            cache.make_room(n_rows)
+        else:
+            n_more = min(n_rows + n_prefill, cache.n_free + max(n_stored, n_rows + 1))
+            cache.make_room(n_rows + n_more, n_stored)
+        return []
 
     def _n_pad(self, n_rows: int) -> int:
         if not self.rows.learns and self.cache.n_used > _MOST_PADDED_CELLS:

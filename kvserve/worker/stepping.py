@@ -102,13 +102,12 @@ class Stepper:
         # What was drawn does not wait for copies, and for a plan that is new; nor now and then, or
         # the streams' gaps would be now longer and now shorter by what that takes.
         self._outbox.flush()
-        copying_s = self._pace.seconds_beside(scheduler.n_decoding)
-        self._cold.restore(scheduler, copying_s)
+        self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
         asks = self._asks()
         n_prefill = self._pace.limit(
             scheduler.n_decoding, scheduler.n_unanswered, scheduler.n_unread
         )
-        plan = scheduler.plan(n_prefill, self._propose(asks), self._cold.n_leaving(copying_s))
+        plan = scheduler.plan(n_prefill, self._propose(asks), self._n_leaving())
         self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]
@@ -128,6 +127,14 @@ class Stepper:
             done = self._follow(done)
         if done is not None:
             self._finish(done)
+
+    def _n_leaving(self) -> int:
+        """Cells that may be stored in the next step."""
+        scheduler = self._scheduler
+        if self._cold.restoring and not scheduler.n_reading:
+            return 0  # as many as could be were copied the other way
+        n_waiting = max(scheduler.n_unanswered, 1)
+        return self._cold.n_leaving(self._pace.seconds_beside(scheduler.n_decoding, n_waiting))
 
     def _draw(self, plan: Plan, asks: list[Ask], begun: float) -> _Decoded:
         decoded = time.monotonic()

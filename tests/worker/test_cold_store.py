@@ -134,6 +134,50 @@ def test_what_running_ones_share_makes_no_room_and_needs_no_copy() -> None:
     assert not cache.stores_for(1000)
 
 
+def test_what_two_kept_ones_share_makes_no_room_before_both_are_gone() -> None:
+    cache = cache_of(stores=True)
+    common = tokens(100)
+    for first in (5000, 6000):
+        text = np.concatenate([common, tokens(80, first)])
+        reuse = cache.find(text, "mine")
+        sequence = cache.open(text, "mine", reuse)
+        cache.append(sequence, len(text) - sequence.n_cells)
+        cache.keep(sequence)
+    kept_in(cache, tokens(500, 9000))
+    n_free = 1000 - 100 - 2 * 80 - 500
+    assert not cache.stores_for(n_free + 160)
+    assert cache.stores_for(n_free + 261)
+    # 260 more would be there without: it may say so too early, never too late.
+    cache.make_room(n_free + 260)
+    assert not any(isinstance(one, Store) for one in cache.take_operations())
+
+
+def test_what_is_settled_is_not_stored_any_more() -> None:
+    cache = cache_of(stores=True)
+    sequence = kept_in(cache, tokens(900))
+    cache.make_room(150)
+    (store, _) = cache.take_operations()
+    assert isinstance(store, Store)
+    assert cache.stores_for(300)
+    cache.settle(store.key + 1)
+    assert cache.stores_for(300)
+    cache.settle(store.key)
+    assert not cache.stores_for(300)
+    cache.make_room(300)
+    assert cache.take_operations() == (Cut(sequence.slot, 700),)
+    assert cache.leaving == set()
+
+
+def test_it_tells_what_is_to_be_stored_already() -> None:
+    cache = cache_of(stores=True)
+    kept_in(cache, tokens(900))
+    assert not cache.is_storing
+    cache.make_room(150)
+    assert cache.is_storing
+    cache.take_operations()
+    assert not cache.is_storing
+
+
 def test_where_nothing_is_stored_more_is_given_up_at_a_time() -> None:
     cache = PrefixCache(6400, 2, PLAIN, lambda _slot: 0, 1)
     sequence = kept_in(cache, tokens(6000))

@@ -19,6 +19,7 @@ from kvserve.worker.carry import memory_file, parts
 from kvserve.worker.carry.parts import ArrivingSequence, LeavingSequence
 from kvserve.worker.carry.refusal import CannotCarry, Reason
 from kvserve.worker.cell_rules import Cut, Operation, Store
+from kvserve.worker.cold_store import ColdStore
 from kvserve.worker.cold_tier import ColdTier
 from kvserve.worker.executor import Executor
 from kvserve.worker.llama import Batch, Context
@@ -204,17 +205,54 @@ def test_beside_a_stream_a_step_copies_or_reads(house: House) -> None:
     house.read(random_tokens(LONG, seed=1))
     streaming = house.stream()
     request = house.ask(random_tokens(LONG, seed=2))
-    copied, n_before = [], house.n_known[streaming]
+    n_copied, n_read, n_before = 0, 0, house.n_known[streaming]
     while request not in house.n_cached:
         house.operations.clear()
         house.step(1.0)
-        stores = [one for one in house.operations if isinstance(one, Store)]
-        if stores:
-            assert house.plan.n_prefill == 0
-            copied.append(sum(len(one.tokens) - one.n_left for one in stores))
-    assert copied
-    n_read = -(-LONG // (N_BATCH - 1))
-    assert house.n_known[streaming] - n_before == len(copied) + n_read
+        stores = any(isinstance(one, Store) for one in house.operations)
+        assert stores != bool(house.plan.n_prefill)
+        n_copied, n_read = n_copied + stores, n_read + (not stores)
+    assert 1 < n_copied < n_read < 2 * LONG // N_BATCH + 2
+    assert house.n_known[streaming] - n_before == n_copied + n_read
+
+
+@pytest.mark.parametrize("refused", ["too large", "broken", "covered"])
+def test_what_is_not_copied_takes_no_step_of_its_own(
+    context: Context, cold: Context, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    house = House(context, cold, limit_bytes=1000 if refused == "too large" else PLENTY)
+    if refused == "broken":
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(LeavingSequence, "add", fail)
+    if refused == "covered":
+        monkeypatch.setattr(ColdStore, "covers", lambda *_: True)
+    house.read(random_tokens(LONG, seed=1))
+    house.stream()
+    request = house.ask(random_tokens(LONG, seed=2))
+    n_alone = 0
+    while request not in house.n_cached:
+        house.step(0.001)
+        n_alone += not house.plan.n_prefill
+    assert n_alone == 1, "the one that found it out"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_parts_go_through_memory_that_a_gpu_can_reach(
+    context: Context, cold: Context, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(parts, "page_locked", asked.append)
+    monkeypatch.setattr(type(context), "asynchronous", on_gpu)
+    house = House(context, cold)
+    first = pushed_out(house)
+    assert len(asked) == on_gpu, "on the way out"
+    house.stream()
+    asked.clear()
+    assert house.finish(house.ask(first)) == LONG
+    assert len(asked) == on_gpu, "and in"
 
 
 @pytest.fixture
@@ -239,16 +277,27 @@ def test_as_much_leaves_as_the_time_allows(
 ) -> None:
     add = LeavingSequence.add
 
+    seconds_per_cell = 1.0
+
     def slow(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
-        clock.now += 0.001 + 0.0001 * (self.n_missing - n_left)
+        clock.now += 0.001 + seconds_per_cell * (self.n_missing - n_left)
         add(self, slot, n_left, through)
 
     monkeypatch.setattr(LeavingSequence, "add", slow)
     assert house.tier.n_leaving(0.01) == 64, "before anything is known"
-    for seed in range(12):
+    house.read(random_tokens(LONG, seed=100))
+    house.read(random_tokens(500, seed=101))
+    assert house.tier.n_leaving(0.01) == 64, "the first one says nothing"
+    seconds_per_cell = 0.0002
+    for seed in range(4):
         house.cache._worth._share = 0.25
         house.read(random_tokens(LONG, seed=seed))
-    assert 60 < house.tier.n_leaving(0.01) <= 100
+    assert 40 < house.tier.n_leaving(0.01) <= 50
+    seconds_per_cell = 0.0001
+    for seed in range(12):
+        house.cache._worth._share = 0.25
+        house.read(random_tokens(LONG, seed=20 + seed))
+    assert 70 < house.tier.n_leaving(0.01) <= 100
     assert house.tier.n_leaving(1e-6) == 16
     assert house.tier.n_leaving(60.0) == 512
 
@@ -273,10 +322,24 @@ def test_no_part_takes_more_memory_than_is_there_for_one(
     assert len(house.tier.store) == 1
     assert LONG // 8 < max(left) <= LONG // 6
     assert LONG // 8 < house.tier.n_leaving(60.0) <= LONG // 6
-    house.stream()
+    streaming = house.stream()
     house.tier._most_cells = 512
-    assert house.finish(house.ask(random_tokens(LONG, seed=1)), 60.0) == LONG - 1
-    assert max(end - begin for begin, end in taken[1:]) <= LONG // 6
+    request = house.ask(random_tokens(LONG, seed=1))
+    for _ in range(3):
+        house.step(60.0)
+    house.scheduler.remove(streaming)
+    assert house.finish(request, 60.0) == LONG - 1
+    assert taken[0][1] < taken[-1][0]
+    assert max(end - begin for begin, end in taken) <= LONG // 6
+
+
+def test_cells_that_are_larger_than_a_part_go_a_few_at_a_time(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_tier, "PART_BYTES", 1)
+    first = pushed_out(house)
+    assert house.tier.n_leaving(60.0) == 16
+    assert house.read(first) == LONG
 
 
 def pushed_out(house: House) -> np.ndarray:
@@ -321,7 +384,7 @@ def test_the_parts_grow_with_the_time_there_is(house: House, taken: list[tuple[i
     first = pushed_out(house)
     house.stream()
     house.finish(house.ask(first), seconds=60.0)
-    assert taken == [(0, 64), (64, 64 + 512), (64 + 512, LONG)]
+    assert taken == [(0, 64), (64, 128), (128, LONG)]
 
 
 def test_without_streams_it_comes_back_at_once(house: House, taken: list[tuple[int, int]]) -> None:
@@ -342,7 +405,7 @@ def test_when_the_streams_end_the_rest_comes_at_once(
     house.scheduler.remove(streaming)
     assert house.finish(request, 1e-9) == LONG
     assert taken[-1][1] == LONG
-    assert [end - begin for begin, end in taken] == [64, 16, 512, LONG - 592]
+    assert [end - begin for begin, end in taken] == [64, 64, LONG - 128]
 
 
 def test_a_request_behind_the_one_that_is_held_waits_too(house: House) -> None:

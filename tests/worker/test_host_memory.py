@@ -20,6 +20,7 @@ class Device:
     def __init__(self, without: str = "") -> None:
         self.freed: list[int] = []
         self.allocated: list[int] = []
+        self.n_at_once: list[int] = []
         self._without = without
         self._library = library()
         self._real = host_memory._Ggml(self._library)
@@ -45,6 +46,8 @@ class Device:
             return None
         buffer = self._real.allocate(kind, n_bytes)
         self.allocated.append(n_bytes)
+        gc.collect()
+        self.n_at_once.append(len(self.allocated) - len(self.freed))
         return buffer
 
     def address_of(self, buffer: int) -> int:
@@ -110,8 +113,12 @@ def test_scratch_for_a_gpu_grows_seldom_and_has_one_memory_at_a_time(device: Dev
     assert device.allocated == [PART_BYTES]
     scratch.take(PART_BYTES + 1)
     assert device.allocated == [PART_BYTES, 2 * PART_BYTES]
-    gc.collect()
-    assert len(device.freed) == 1
+    assert device.n_at_once == [1, 1]
+
+
+def test_a_library_without_such_functions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "library", lambda: ctypes.CDLL(None))
+    assert page_locked(100) is None
 
 
 def test_scratch_for_a_cpu_is_any_memory(device: Device) -> None:

@@ -108,6 +108,49 @@ def test_a_step_between_those_of_a_prompt_says_nothing_of_the_others() -> None:
     assert pace.seconds_beside(4) == pytest.approx(3 * before)
 
 
+@pytest.mark.parametrize("times", [1.0, 1.5, 4.0])
+def test_steps_between_those_of_prompts_count_where_there_are_no_others(times: float) -> None:
+    """A short prompt in every second step, while the streams' own steps come to take longer."""
+
+    def learned(n_between: int) -> Pace:
+        pace = warm(MACHINES[0], 4)
+        for _ in range(300):
+            n = pace.limit(4)
+            pace.observe(n, n + 4, times * gpu(4, n), times * gpu(4, n))
+            for _ in range(n_between):
+                pace.observe(0, 4, times * gpu(4, 0), times * gpu(4, 0))
+        return pace
+
+    one, two = learned(1), learned(2)
+    assert one.seconds_beside(4) == pytest.approx(two.seconds_beside(4), rel=0.2)
+    assert one.limit(4) == pytest.approx(two.limit(4), rel=0.2)
+
+
+def test_so_do_the_first_of_so_many_streams() -> None:
+    pace = Pace(N_BATCH)
+    for _ in range(30):
+        n = pace.limit(4)
+        pace.observe(n, n + 4, gpu(4, n))
+        pace.observe(0, 4, gpu(4, 0))
+    assert pace.seconds_beside(4) < 2 * gpu(4, 0)
+
+
+def test_a_copy_that_makes_streams_wait_too_long_makes_the_next_one_smaller() -> None:
+    pace = warm(MACHINES[0], 4)
+
+    def copied(times: float) -> float:
+        for _ in range(20):
+            n = pace.limit(4)
+            pace.observe(n, n + 4, gpu(4, n), 2 * gpu(4, 0))
+            pace.observe(0, 4, gpu(4, 0), times * gpu(4, 0))
+        return pace.seconds_beside(4)
+
+    assert copied(2.0) > copied(3.0)
+    before = pace.seconds_beside(4)
+    pace.observe(0, 4, gpu(4, 0), 5 * gpu(4, 0))
+    assert pace.seconds_beside(4) == before, "without a prompt it is something else"
+
+
 def test_one_long_gap_changes_little() -> None:
     """A pause for a reload, say."""
     pace = warm(MACHINES[0], 4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvserve.worker import prefix_cache
 from kvserve.worker.batches import Batch, Chunk
-from kvserve.worker.cell_rules import Store
+from kvserve.worker.cell_rules import Rules, Store
 from kvserve.worker.scheduler import Scheduler
 from tests.worker.fake_memory import ALL_RULES, PLAIN, WINDOW, FakeMemory, fake_scheduler
 
@@ -95,12 +95,16 @@ class Run:
         assert batch.chunks
         assert 0 < batch.n_tokens <= scheduler.n_batch
         assert batch.n_prefill <= max(self.prefill, 1)
-        if self.live[0] not in {chunk.id for chunk in batch.chunks}:
-            assert not batch.n_prefill
-            assert any(isinstance(one, Store) for one in batch.operations), "it waits for a copy"
+        n_decoding = batch.n_tokens - batch.n_prefill - batch.n_drafted
+        stores = any(isinstance(one, Store) for one in batch.operations)
+        if n_decoding and scheduler.n_reading and not batch.n_prefill:
+            assert stores, "prompts wait for a copy"
             assert self.n_steps - 1 not in self.copied, "never twice in a row"
             self.copied.append(self.n_steps)
-        n_decoding = batch.n_tokens - batch.n_prefill - batch.n_drafted
+        else:
+            assert self.live[0] in {chunk.id for chunk in batch.chunks}
+            both = stores and n_decoding and batch.n_prefill
+            assert not both or self.n_steps - 1 in self.copied, "streams wait for both"
         assert n_decoding >= decoding_before - len(batch.preempted)
         assert len({chunk.slot for chunk in batch.chunks}) == len(batch.chunks)
         n_outputs = sum(chunk.n_outputs for chunk in batch.chunks)
@@ -422,14 +426,108 @@ def test_prompt_tokens_are_counted_that_a_step_could_read() -> None:
     assert scheduler.n_unread == 11
 
 
-@pytest.mark.parametrize("n_stored", [0, 10, 100])
+class Crowded:
+    """2,000 cells, of which a kept conversation has 1,500. Request 1 is a stream, request 2 a long
+    prompt."""
+
+    def __init__(self) -> None:
+        self.scheduler, self.memory = fake_scheduler(2000, 4, 512, stores=True, n_draft=8)
+        self.texts = [np.arange(5000 * n, 5000 * n + 1900, dtype=np.int32) for n in range(3)]
+        self.known = {n: text.tolist() for n, text in enumerate(self.texts)}
+        self.n_drafted = 0
+        self.scheduler.add(0, self.texts[0], 1500)
+        while not self.scheduler.n_decoding:
+            self.step(512)
+        self.scheduler.remove(0)
+        self.scheduler.add(1, self.texts[1], 20)
+        self.step(512)
+
+    def arrive(self, n_tokens: int = 800) -> None:
+        self.scheduler.add(2, self.texts[2], n_tokens)
+
+    def step(self, n_prefill: int, n_stored: int = 0) -> Batch:
+        drafts = {1: (9,) * self.n_drafted}
+        batch = self.scheduler.plan(n_prefill, drafts, n_stored)
+        assert self.memory.decode(batch, self.known)
+        self.scheduler.commit(batch)
+        for chunk in batch.chunks:
+            if chunk.draft:
+                self.scheduler.settle(chunk, 0)
+            if chunk.last:
+                self.scheduler.grow(chunk.id)
+        self.memory.change(self.scheduler.cache.take_operations())
+        return batch
+
+
+def n_copied(batch: Batch) -> int:
+    stores = [one for one in batch.operations if isinstance(one, Store)]
+    return sum(len(one.tokens) - one.n_left for one in stores)
+
+
+@pytest.mark.parametrize("n_stored", [0, 10, 16, 100])
 def test_a_step_beside_streams_copies_or_reads(n_stored: int) -> None:
-    scheduler, memory = fake_scheduler(2000, 4, 64, stores=True)
-    texts = [np.arange(2000 * n, 2000 * n + 1800, dtype=np.int32) for n in range(3)]
+    house = Crowded()
+    house.arrive()
+    copied, n_read = [], 0
+    while n_read < 800:
+        n_free, batch = house.scheduler.cache.n_free, house.step(20, n_stored)
+        if n_copied(batch):
+            assert (batch.n_prefill, batch.n_tokens) == (0, 1), "the stream alone"
+            copied.append(n_copied(batch))
+        else:
+            assert n_free >= batch.n_tokens > 1
+        n_read += batch.n_prefill
+    # As many as are wanted, up to a 64th of all cells, and a token of the prompt at least.
+    each = max(min(n_stored, 2000 // 64), 2)
+    assert max(copied) <= each + 1
+    assert len(copied) <= 350 // max(each - 2, 1)
+
+
+@pytest.mark.parametrize("n_drafted", [0, 5])
+@pytest.mark.parametrize("n_stored", [16, 30])
+def test_so_it_is_when_the_next_step_may_read_more(n_stored: int, n_drafted: int) -> None:
+    house = Crowded()
+    house.arrive()
+    house.n_drafted = n_drafted
+    limit, n_read, n_steps = 20, 0, 0
+    while n_read < 800:
+        limit = 20 + 7 * (limit + 1) % 60
+        batch = house.step(limit, n_stored)
+        assert not (n_copied(batch) and batch.n_prefill)
+        assert n_copied(batch) <= n_stored + 1 + n_drafted
+        n_read, n_steps = n_read + batch.n_prefill, n_steps + 1
+    assert n_steps < 800 / 8
+
+
+def test_a_step_that_only_streams_need_does_not_let_the_next_one_copy_and_read() -> None:
+    house = Crowded()
+    while not n_copied(house.step(20, 16)):
+        pass
+    while house.scheduler.cache.n_free:
+        house.step(20, 16)
+    assert n_copied(house.step(20, 1))
+    house.arrive()
+    batch = house.step(20, 16)
+    assert n_copied(batch)
+    assert not batch.n_prefill
+
+
+def test_many_prompts_that_may_all_be_read_make_no_copy_longer() -> None:
+    house = Crowded()
+    house.arrive()
+    while not n_copied(batch := house.step(400, 30)):
+        pass
+    assert n_copied(batch) <= 31
+
+
+def test_what_is_stored_for_an_id_is_a_copy_too() -> None:
+    """All ids are taken: an admission pushes a whole conversation out."""
+    scheduler, memory = fake_scheduler(4000, 2, 64, Rules(), stores=True)
+    texts = [np.arange(5000 * n, 5000 * n + 300, dtype=np.int32) for n in range(4)]
     known = {n: text.tolist() for n, text in enumerate(texts)}
 
     def step() -> Batch:
-        batch = scheduler.plan(20, None, n_stored)
+        batch = scheduler.plan(50, None, 16)
         assert memory.decode(batch, known)
         scheduler.commit(batch)
         for chunk in batch.chunks:
@@ -437,27 +535,16 @@ def test_a_step_beside_streams_copies_or_reads(n_stored: int) -> None:
                 scheduler.grow(chunk.id)
         return batch
 
-    scheduler.add(0, texts[0], 1500)
+    scheduler.add(0, texts[0], 200)
     while not scheduler.n_decoding:
         step()
     scheduler.remove(0)
     scheduler.add(1, texts[1], 20)
     step()
-    scheduler.add(2, texts[2], 800)
-    copied, n_read = [], 0
-    while n_read < 800:
-        n_free, batch = scheduler.cache.n_free, step()
-        stores = [one for one in batch.operations if isinstance(one, Store)]
-        if stores:
-            assert (batch.n_prefill, batch.n_tokens) == (0, 1), "the stream alone"
-            copied.append(sum(len(one.tokens) - one.n_left for one in stores))
-        else:
-            assert n_free >= batch.n_tokens > 1
-        n_read += batch.n_prefill
-    # Room for this step and the next, or as much as is wanted, up to a 64th of all cells.
-    each = max(min(n_stored, 2000 // 64), 20 + 2)
-    assert max(copied) == each
-    assert len(copied) <= 340 // (each - 2) + 1
+    scheduler.add(2, texts[2], 200)
+    batch = step()
+    assert (n_copied(batch), batch.n_prefill, batch.n_tokens) == (200, 0, 1)
+    assert [step().n_prefill for _ in range(4)] == [50] * 4
 
 
 def test_where_no_stream_waits_a_step_copies_and_reads() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
@@ -246,6 +247,18 @@ def test_the_pace_knows_what_computes_and_what_waits(
         restore(self, scheduler, seconds)
 
     monkeypatch.setattr(ColdTier, "restore", restoring)
+    leaving, stored, plan = [], [], Scheduler.plan
+
+    def n_leaving(self: ColdTier, seconds: float) -> int:
+        leaving.append(seconds)
+        return len(leaving)
+
+    def planning(self: Scheduler, n_prefill: int, drafts: object, n_stored: int = -1) -> Plan:
+        stored.append(n_stored)
+        return plan(self, n_prefill, drafts, n_stored)
+
+    monkeypatch.setattr(ColdTier, "n_leaving", n_leaving)
+    monkeypatch.setattr(Scheduler, "plan", planning)
 
     def slow(self: Executor, plan: Plan, jobs: dict[int, Job]) -> list[tuple[Wish, Drawn]]:
         time.sleep(0.02)
@@ -263,8 +276,26 @@ def test_the_pace_knows_what_computes_and_what_waits(
     assert median(seconds for reads, seconds in observed if reads) < 0.02
     assert min(seconds for reads, seconds in observed if not reads) >= 0.02
     assert min(seconds for n_decoding, seconds in allowed if n_decoding) >= 0.8 * 0.02
+    assert stored == list(range(1, len(leaving) + 1))
+    assert min(leaving) >= 0.8 * 0.02
     assert all(gap >= seconds for _, gap, seconds in gaps)
     assert sum(gap for _, gap, _ in gaps[1:]) == pytest.approx(gaps[-1][0] - gaps[0][0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("restoring", "n_reading", "n_unanswered", "expected"),
+    [(False, 0, 0, 41), (False, 1, 3, 43), (True, 1, 1, 41), (True, 0, 1, 0)],
+)
+def test_as_much_leaves_as_those_that_wait_may_take(
+    restoring: bool, n_reading: int, n_unanswered: int, expected: int
+) -> None:
+    stepper = object.__new__(Stepper)
+    stepper._scheduler = SimpleNamespace(
+        n_decoding=4, n_reading=n_reading, n_unanswered=n_unanswered
+    )
+    stepper._pace = SimpleNamespace(seconds_beside=lambda n, n_waiting: 10 * n + n_waiting)
+    stepper._cold = SimpleNamespace(restoring=restoring, n_leaving=lambda seconds: seconds)
+    assert stepper._n_leaving() == expected
 
 
 @pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")

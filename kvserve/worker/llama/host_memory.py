@@ -18,7 +18,10 @@ def page_locked(n_bytes: int) -> NDArray[np.uint8] | None:
 
     It is freed with the last array that shows a part of it.
     """
-    ggml = _Ggml(library())
+    try:
+        ggml = _Ggml(library())
+    except AttributeError:
+        return None
     for index in range(ggml.n_devices()):
         device = ggml.device(index)
         kind = ggml.host_memory_of(device) if ggml.type_of(device) == _GPU else None
