@@ -244,18 +244,13 @@ class Scheduler:
             budget = min(budget, max(cache.n_free - n_rows, 1))
         shares = share(prefilling, budget, self._n_outputs_each())
         n_prefill = sum(count for _, count in shares)
-        if not (n_rows and n_prefill):
+        copies = cache.is_storing or cache.stores_for(n_rows + n_prefill)
+        if not (n_rows and n_prefill and copies) or just_copied:
             cache.make_room(n_rows + n_prefill, n_stored)
             return shares
-        if just_copied or not (cache.is_storing or cache.stores_for(n_rows + n_prefill)):
-            cache.make_room(n_rows + n_prefill)
-            return shares
         self._copied = True
-        if cache.is_storing:  # for an id
-            cache.make_room(n_rows)
-        else:
-            n_more = min(n_rows + n_prefill, cache.n_free + max(n_stored, n_rows + 1))
-            cache.make_room(n_rows + n_more, n_stored)
+        n_more = min(n_rows + n_prefill, cache.n_free + max(n_stored, n_rows + 1))
+        cache.make_room(n_rows + n_more, n_stored)
         return []
 
     def _n_pad(self, n_rows: int) -> int:

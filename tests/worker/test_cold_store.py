@@ -126,11 +126,11 @@ def test_it_tells_whether_room_needs_a_copy(stores: bool) -> None:
 
 def test_what_running_ones_share_makes_no_room_and_needs_no_copy() -> None:
     cache = cache_of(stores=True)
-    text = tokens(600)
-    kept_in(cache, text)
-    reuse = cache.find(np.append(text, 1).astype(np.int32), "mine")
-    assert reuse is not None
-    cache.open(np.append(text, 1).astype(np.int32), "mine", reuse)
+    running = cache.open(tokens(600), "mine", None)
+    cache.append(running, 600)
+    shorter = np.append(tokens(400), 9000).astype(np.int32)
+    cache.keep(cache.open(shorter, "mine", cache.find(shorter, "mine")))
+    assert [kept.n_cells for kept in cache.kept] == [400]
     assert not cache.stores_for(1000)
 
 

@@ -103,6 +103,13 @@ def test_a_step_between_those_of_a_prompt_says_nothing_of_the_others() -> None:
         pace.observe(n, n + 4, gpu(4, n))
         pace.observe(0, 4, 3 * gpu(4, 0))
     assert pace.seconds_beside(4) == before
+    for _ in range(10):
+        pace.observe(0, 4, gpu(4, 0))
+        for _ in range(20):
+            n = pace.limit(4)
+            pace.observe(n, n + 4, gpu(4, n))
+            pace.observe(0, 4, 3 * gpu(4, 0))
+    assert pace.seconds_beside(4) == before
     for _ in range(20):
         pace.observe(0, 4, 3 * gpu(4, 0))
     assert pace.seconds_beside(4) == pytest.approx(3 * before)
