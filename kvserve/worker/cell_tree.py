@@ -37,7 +37,8 @@ class Branch:
 class CachedSequence:
     """One sequence of the cache: cells for `tokens[:n_cells]`, under llama.cpp's id `slot`.
     `n_stored` of them are in host memory too; `wanted` is one whose request comes back. One that
-    loses its cells bit by bit, to be stored, has the number `leaving`, else 0."""
+    loses its cells bit by bit, to be stored, has the number `leaving`, else 0; the first
+    `n_uncopied` are not stored yet, where it still has some that are (0 where it has none)."""
 
     slot: int
     tokens: Tokens
@@ -47,6 +48,7 @@ class CachedSequence:
     n_stored: int = 0
     wanted: bool = False
     leaving: int = 0
+    n_uncopied: int = 0
 
     @property
     def n_cells(self) -> int:

@@ -179,7 +179,7 @@ class PrefixCache:
             if not any(kept.slot < self._n_slots for kept in self._kept):
                 return None
             self._free_slots.append(self._take_slot())
-        self.make_room(n_tokens)
+        self.make_room(n_tokens, n_tokens)
         return self._free_slots[-1]
 
     @property
@@ -242,14 +242,23 @@ class PrefixCache:
         cannot be."""
         for kept in self._kept:
             if kept.leaving == key:
-                kept.leaving, kept.n_stored = 0, kept.n_cells
+                kept.leaving, kept.n_uncopied, kept.n_stored = 0, 0, kept.n_cells
 
     def make_room(self, n_tokens: int, n_stored: int = 0) -> None:
         """Give up kept cells until `n_tokens` more fit, or no more are kept. Of those that are
-        stored first no fewer than `n_stored` at a time, up to a 64th of all."""
+        stored first no fewer than `n_stored` at a time, up to a 64th of all; what others hold too
+        is stored before it is theirs alone, half as many at a time."""
+        passed: list[CachedSequence] = []
         while (n_missing := self._tree.n_cells + n_tokens - self._n_cells) > 0:
             victims = (kept for kept in self._kept if self._tree.n_freeable(kept))
-            victim = next(victims, None)
+            victim = next((kept for kept in victims if kept not in passed), None)
+            if victim is None and passed:
+                victim = passed.pop(0)  # at once: there is nothing else to give up
+            elif victim is not None and self._n_to_copy_on(victim, n_stored):
+                if not passed:
+                    self._copy_on(victim, n_stored)
+                passed.append(victim)
+                continue
             if victim is None:
                 return
             least = self._n_cells // _EVICTED_SHARE
@@ -301,7 +310,7 @@ class PrefixCache:
             self._operations.append(Cut(sequence.slot, reuse.n_tokens))
             self._tree.cut(sequence, reuse.n_tokens)
         sequence.n_stored = min(sequence.n_stored, sequence.n_cells)
-        sequence.leaving = 0
+        sequence.leaving = sequence.n_uncopied = 0
         self._tree.resume(sequence, tokens)
         if sequence.slot >= self._n_slots:
             self._move(sequence, self._take_slot())
@@ -350,17 +359,31 @@ class PrefixCache:
         """Take some of a kept sequence's own cells away, from its end, or all of it."""
         n_left = victim.n_cells - n_cells
         own = victim.tail if len(victim.tail.sequences) == 1 else None
+        if stores and own is not None and n_left < own.start and self._is_to_store(victim):
+            n_left = own.start  # the rest is others' too
         if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
             n_left = 0
         if stores:
             self._store(victim, n_left)
         else:
-            victim.leaving = 0
+            victim.leaving = victim.n_uncopied = 0
         if not n_left:
             self._evict(victim)
             return
         self._operations.append(Cut(victim.slot, n_left))
         self._tree.cut(victim, n_left)
+
+    def _n_to_copy_on(self, victim: CachedSequence, n_stored: int) -> int:
+        """How many of its first tokens are left to be stored after the next ones, of a sequence
+        that has none of its own."""
+        shared = self.rules.cuts_anywhere and len(victim.tail.sequences) > 1
+        if not (shared and n_stored and self._is_to_store(victim)):
+            return 0
+        return max((victim.n_uncopied or victim.n_cells) - max(n_stored // 2, 1), 0)
+
+    def _copy_on(self, victim: CachedSequence, n_stored: int) -> None:
+        victim.n_uncopied = self._n_to_copy_on(victim, n_stored)
+        self._store(victim, victim.n_uncopied)
 
     def _is_to_store(self, sequence: CachedSequence) -> bool:
         """Whether a sequence is stored before others get its cells: it is not yet, or its end is
@@ -378,7 +401,7 @@ class PrefixCache:
                 Store(sequence.slot, tokens, sequence.salt, n_left, sequence.leaving)
             )
         else:
-            sequence.leaving = 0
+            sequence.leaving = sequence.n_uncopied = 0
 
     def _evict(self, sequence: CachedSequence) -> None:
         del self._kept[sequence]

@@ -152,6 +152,57 @@ def test_what_two_kept_ones_share_makes_no_room_before_both_are_gone() -> None:
     assert not any(isinstance(one, Store) for one in cache.take_operations())
 
 
+def kept_alike(cache: PrefixCache, n_common: int, *n_own: int) -> list[CachedSequence]:
+    """Kept sequences with a common beginning."""
+    found = []
+    for first, n in enumerate(n_own, start=1):
+        text = np.concatenate([tokens(n_common), tokens(n, 10_000 * first)])
+        sequence = cache.open(text, "mine", cache.find(text, "mine"))
+        cache.append(sequence, len(text) - sequence.n_cells)
+        cache.keep(sequence)
+        found.append(sequence)
+    cache.take_operations()
+    return found
+
+
+def test_a_beginning_that_others_hold_is_stored_in_parts_while_they_make_room() -> None:
+    cache = cache_of(stores=True)
+    first, second = kept_alike(cache, 300, 60, 520)
+    left, key = [], 0
+    while first in cache._kept:
+        cache.make_room(cache.n_free + 30, 40)
+        stores = [one for one in cache.take_operations() if isinstance(one, Store)]
+        assert 1 <= len(stores) <= 2
+        key = key or stores[0].key
+        left += [one.n_left for one in stores if one.key == key]
+        assert len(left) < 50, "it never leaves"
+    assert left[:2] == [330, 300], "its own first"
+    assert left[2:] == list(range(280, -1, -20)), "then half as many beside another's"
+    assert 300 < second.n_cells < 400
+    assert cache.n_free == 1000 - second.n_cells
+
+
+def test_where_all_hold_the_same_beginning_it_goes_at_once() -> None:
+    cache = cache_of(stores=True)
+    kept_alike(cache, 900, 20, 30)
+    cache.make_room(900, 40)
+    assert cache.n_free >= 900
+
+
+def test_a_sequence_that_goes_on_is_stored_anew() -> None:
+    cache = cache_of(stores=True)
+    first, _ = kept_alike(cache, 500, 20, 300)
+    for _ in range(3):
+        cache.make_room(cache.n_free + 30, 40)
+    assert first.n_uncopied > 0
+    text = np.append(first.tokens[:500], 77_777).astype(np.int32)
+    reuse = cache.find(text, "mine")
+    assert reuse is not None
+    assert reuse.source is first
+    running = cache.open(text, "mine", reuse)
+    assert (running.n_uncopied, running.leaving) == (0, 0)
+
+
 def test_what_is_settled_is_not_stored_any_more() -> None:
     cache = cache_of(stores=True)
     sequence = kept_in(cache, tokens(900))

@@ -404,6 +404,31 @@ def test_a_beginning_that_is_there_twice_is_stored_once(
     assert [len(one) for one in put if one == first[: len(one)].tolist()] == [LONG + 40]
 
 
+def test_conversations_with_a_common_beginning_leave_in_parts(house: House) -> None:
+    """Of the first one to leave others hold the beginning, which is copied before they need it."""
+    texts = [
+        np.concatenate([random_tokens(400, seed=1), random_tokens(n, seed=2 + n), [7] * 40])
+        for n in (100, 200)
+    ]
+    for text in texts:
+        house.read(text[:-40])
+    streaming = house.stream()
+    steps = []
+    for seed in range(4):
+        house.cache._worth._share = 0.25
+        request = house.ask(random_tokens(250, seed=20 + seed))
+        while request not in house.n_cached:
+            house.operations.clear()
+            house.step(1e-9)
+            stores = [one for one in house.operations if isinstance(one, Store)]
+            steps.append(sum(len(one.tokens) - one.n_left for one in stores))
+        house.scheduler.remove(request)
+    assert 0 < max(steps) < 400
+    house.scheduler.remove(streaming)
+    for text in texts:
+        assert house.read(text) >= 400
+
+
 def test_the_parts_grow_with_the_time_there_is(house: House, taken: list[tuple[int, int]]) -> None:
     first = pushed_out(house)
     house.stream()
