@@ -35,13 +35,17 @@ _MOST_LEAVING = 4
 """Sequences that are stored in part."""
 _FIRST_CELLS, _LEAST_CELLS, _MOST_CELLS = 64, 16, 512
 """Cells that are copied at a time before it is known how long one takes, at least and at most."""
+_PROBED_CELLS = 32
+"""Cells of a sequence that leave at first: what streams have drawn side by side lies in single
+cells, each of which is copied by itself, 20 times as slowly as those of a prompt."""
 _SMOOTHING = 0.3
 
 
 class _Speed:
     """How long cells take one way, a part of them with what any part takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_first: int = _FIRST_CELLS) -> None:
+        self._n_first = n_first
         self._begun = False
         self._seconds_per_cell = 0.0
 
@@ -57,7 +61,7 @@ class _Speed:
     def cells_in(self, seconds: float) -> int:
         """As many as should be copied in so many `seconds`."""
         if not self._seconds_per_cell:
-            return _FIRST_CELLS
+            return self._n_first
         return min(max(int(seconds / self._seconds_per_cell), _LEAST_CELLS), _MOST_CELLS)
 
 
@@ -98,7 +102,8 @@ class ColdTier:
         self._leaving: dict[int, LeavingSequence] = {}
         self._settled: set[int] = set()
         self._arriving: _Arriving | None = None
-        self._speed_out, self._speed_in = _Speed(), _Speed()
+        self._speeds_out: dict[int, _Speed] = {}
+        self._speed_in = _Speed()
         # The kernel takes 60 ms to get the memory of a long conversation back.
         closing = ThreadPoolExecutor(1, "closing")
         self.store = ColdStore(
@@ -113,8 +118,10 @@ class ColdTier:
         return self._arriving is not None
 
     def n_leaving(self, seconds: float) -> int:
-        """Cells that `keep` copies in about so many `seconds`."""
-        return min(self._speed_out.cells_in(seconds), self._most_cells)
+        """Cells that `keep` copies in about so many `seconds`, of the sequence that leaves next."""
+        speed = self._speeds_out.get(self._cache.next_to_leave)
+        n_cells = _PROBED_CELLS if speed is None else speed.cells_in(seconds)
+        return min(n_cells, self._most_cells)
 
     def keep(self, operation: Store) -> None:
         """Copy cells that are about to leave the cache. What cannot be copied is lost, as it would
@@ -180,7 +187,8 @@ class ColdTier:
             while (n_before := leaving.n_missing) > n_left:
                 begun = time.monotonic()
                 leaving.add(operation.slot, max(n_left, n_before - self._most_cells), through)
-                self._speed_out.observe(n_before - leaving.n_missing, time.monotonic() - begun)
+                speed = self._speeds_out.setdefault(operation.key, _Speed(_PROBED_CELLS))
+                speed.observe(n_before - leaving.n_missing, time.monotonic() - begun)
             if leaving.n_missing:
                 return
             state = leaving.finish()
@@ -206,6 +214,7 @@ class ColdTier:
         return store.put(stored)
 
     def _forget(self, key: int) -> None:
+        self._speeds_out.pop(key, None)
         leaving = self._leaving.pop(key, None)
         if leaving is not None:
             self.store.reserved_bytes -= leaving.n_bytes

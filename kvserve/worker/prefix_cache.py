@@ -189,6 +189,13 @@ class PrefixCache:
         return {kept.leaving for kept in self._kept if kept.leaving}
 
     @property
+    def next_to_leave(self) -> int:
+        """The key of the sequence that is to be stored next; 0 where none is, or nothing of it
+        yet."""
+        next_ones = (kept for kept in self._kept if self._is_to_store(kept))
+        return next((kept.leaving for kept in next_ones if self._tree.n_freeable(kept)), 0)
+
+    @property
     def spare_id(self) -> int | None:
         """A free sequence id that batches cannot use."""
         return self._free_spares[-1] if self._free_spares else None
@@ -359,7 +366,7 @@ class PrefixCache:
         """Take some of a kept sequence's own cells away, from its end, or all of it."""
         n_left = victim.n_cells - n_cells
         own = victim.tail if len(victim.tail.sequences) == 1 else None
-        if stores and own is not None and n_left < own.start and self._is_to_store(victim):
+        if stores and own is not None and n_left < own.start:
             n_left = own.start  # the rest is others' too
         if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
             n_left = 0

@@ -182,11 +182,25 @@ def test_a_beginning_that_others_hold_is_stored_in_parts_while_they_make_room() 
     assert cache.n_free == 1000 - second.n_cells
 
 
-def test_where_all_hold_the_same_beginning_it_goes_at_once() -> None:
+def test_where_all_hold_the_same_beginning_the_oldest_goes_at_once() -> None:
     cache = cache_of(stores=True)
-    kept_alike(cache, 900, 20, 30)
-    cache.make_room(900, 40)
-    assert cache.n_free >= 900
+    _, second = kept_alike(cache, 900, 20, 30)
+    cache.make_room(400, 40)
+    assert cache.n_free >= 400
+    assert cache.kept == (second,)
+
+
+def test_it_tells_what_is_stored_next() -> None:
+    cache = cache_of(stores=True)
+    assert cache.next_to_leave == 0
+    kept_in(cache, tokens(SHORTEST - 1))
+    first = kept_in(cache, tokens(300, 5000))
+    kept_in(cache, tokens(300, 7000))
+    assert cache.next_to_leave == 0, "nothing of it has left yet"
+    cache.make_room(cache.n_free + SHORTEST + 9)
+    assert cache.next_to_leave == first.leaving > 0
+    cache.settle(first.leaving)
+    assert cache.next_to_leave == 0
 
 
 def test_a_sequence_that_goes_on_is_stored_anew() -> None:

@@ -286,22 +286,30 @@ def test_as_much_leaves_as_the_time_allows(
         add(self, slot, n_left, through)
 
     monkeypatch.setattr(LeavingSequence, "add", slow)
-    assert house.tier.n_leaving(0.01) == 64, "before anything is known"
-    house.read(random_tokens(LONG, seed=100))
-    house.read(random_tokens(500, seed=101))
-    assert house.tier.n_leaving(0.01) == 64, "the first one says nothing"
+
+    def leave(n_cells: int) -> int:
+        """What may leave in the next step, after so many cells have left."""
+        house.cache.make_room(house.cache.n_free + n_cells, n_cells)
+        house.change(house.cache.take_operations())
+        return house.tier.n_leaving(0.01)
+
+    assert house.tier.n_leaving(0.01) == 32, "before anything is known"
+    for seed in range(2):
+        house.read(random_tokens(450, seed=seed))
+    house.cache._worth._share = 0.25
+    assert leave(20) == 32, "the first part says nothing"
     seconds_per_cell = 0.0002
-    for seed in range(4):
-        house.cache._worth._share = 0.25
-        house.read(random_tokens(LONG, seed=seed))
-    assert 40 < house.tier.n_leaving(0.01) <= 50
+    assert leave(20) == 40
     seconds_per_cell = 0.0001
-    for seed in range(12):
-        house.cache._worth._share = 0.25
-        house.read(random_tokens(LONG, seed=20 + seed))
-    assert 70 < house.tier.n_leaving(0.01) <= 100
+    assert 40 < leave(20) < 66
+    for _ in range(12):
+        n_leaving = leave(20)
+    assert 60 < n_leaving <= 67
     assert house.tier.n_leaving(1e-6) == 16
     assert house.tier.n_leaving(60.0) == 512
+    n_here = house.cache._kept.__iter__().__next__().n_cells
+    assert leave(n_here) == 32, "of the next one nothing is known"
+    assert house.tier._speeds_out == {}
 
 
 def test_no_part_takes_more_memory_than_is_there_for_one(
