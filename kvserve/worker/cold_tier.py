@@ -217,6 +217,7 @@ class ColdTier:
         self._speeds_out.pop(key, None)
         leaving = self._leaving.pop(key, None)
         if leaving is not None:
+            self._cache.store_anew(key)
             self.store.reserved_bytes -= leaving.n_bytes
             leaving.close()
 

@@ -251,6 +251,12 @@ class PrefixCache:
             if kept.leaving == key:
                 kept.leaving, kept.n_uncopied, kept.n_stored = 0, 0, kept.n_cells
 
+    def store_anew(self, key: int) -> None:
+        """What was stored under `key` is gone before it was whole."""
+        for kept in self._kept:
+            if kept.leaving == key:
+                kept.n_uncopied = 0
+
     def make_room(self, n_tokens: int, n_stored: int = 0) -> None:
         """Give up kept cells until `n_tokens` more fit, or no more are kept. Of those that are
         stored first no fewer than `n_stored` at a time, up to a 64th of all; what others hold too

@@ -437,6 +437,36 @@ def test_conversations_with_a_common_beginning_leave_in_parts(house: House) -> N
         assert house.read(text) >= 400
 
 
+def test_what_has_to_begin_to_leave_once_more_does_so_in_parts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in (20, 300):
+        house.read(np.concatenate([random_tokens(400, seed=1), random_tokens(n, seed=2 + n)]))
+    house.cache._worth._share = 0.25
+
+    def leave() -> int:
+        house.operations.clear()
+        house.cache.make_room(house.cache.n_free + 30, 40)
+        house.change(house.cache.take_operations())
+        stores = [one for one in house.operations if isinstance(one, Store)]
+        return stores[-1 if len(stores) == 1 else 0].n_left
+
+    lefts = [leave() for _ in range(5)]
+    first = house.cache.kept[-1]
+    assert 0 < first.n_uncopied == lefts[-1] < 400
+    house.tier._forget(first.leaving)
+    copied: list[int] = []
+    add = LeavingSequence.add
+
+    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
+        copied.append(self.n_missing - n_left)
+        add(self, slot, n_left, through)
+
+    monkeypatch.setattr(LeavingSequence, "add", recording)
+    assert leave() == 380
+    assert max(copied) <= 30
+
+
 def test_the_parts_grow_with_the_time_there_is(house: House, taken: list[tuple[int, int]]) -> None:
     first = pushed_out(house)
     house.stream()
