@@ -194,13 +194,84 @@ def test_it_tells_what_is_stored_next() -> None:
     cache = cache_of(stores=True)
     assert cache.next_to_leave == 0
     kept_in(cache, tokens(SHORTEST - 1))
+    cache.kept[0].leaving = 0
+    running = cache.open(tokens(270, 9000), "mine", None)
+    cache.append(running, 270)
+    shorter = np.append(tokens(260, 9000), 1).astype(np.int32)
+    cache.keep(cache.open(shorter, "mine", cache.find(shorter, "mine")))
+    cache.kept[0].leaving = 99
+    assert cache.next_to_leave == 0, "it shares all with one that runs"
+    cache.kept[0].leaving = 0
     first = kept_in(cache, tokens(300, 5000))
     kept_in(cache, tokens(300, 7000))
     assert cache.next_to_leave == 0, "nothing of it has left yet"
     cache.make_room(cache.n_free + SHORTEST + 9)
     assert cache.next_to_leave == first.leaving > 0
+    kept_in(cache, tokens(20, 30_000))
+    for other in cache.kept[:0:-1]:
+        cache._touch(other)
+    assert cache.kept[-1].n_cells == 20
+    assert cache.next_to_leave == first.leaving, "short ones go without"
     cache.settle(first.leaving)
     assert cache.next_to_leave == 0
+
+
+def test_where_nobody_says_how_much_what_is_shared_goes_at_once() -> None:
+    cache = cache_of(stores=True)
+    first, second = kept_alike(cache, 500, 20, 300)
+    cache.make_room(cache.n_free + 30)
+    cache.make_room(cache.n_free + 30)
+    assert cache.kept == (second,)
+    assert first.leaving > 0
+
+
+def test_room_for_what_comes_back_is_made_in_parts() -> None:
+    cache = cache_of(stores=True)
+    first, _ = kept_alike(cache, 500, 20, 300)
+    n_left = []
+    for _ in range(3):
+        cache.claim(cache.n_free + 30)
+        n_left += [
+            one.n_left
+            for one in cache.take_operations()
+            if isinstance(one, Store) and one.key == first.leaving
+        ]
+    assert n_left[0] == 500
+    assert 0 < n_left[-1] < 500
+
+
+@pytest.mark.parametrize("how", ["goes on", "settled", "trimmed", "not worth it"])
+def test_what_leaves_a_second_time_begins_at_its_end(how: str) -> None:
+    """Else as much would be copied at once as had been before."""
+    cache = cache_of(stores=True)
+    first, _ = kept_alike(cache, 500, 20, 300)
+    for _ in range(4):
+        cache.make_room(cache.n_free + 30, 40)
+    assert 0 < first.n_uncopied < 480
+    cache.take_operations()
+    if how == "goes on":
+        text = np.append(tokens(500), tokens(60, 70_000)).astype(np.int32)
+        reuse = cache.find(text, "mine")
+        assert reuse is not None
+        assert reuse.source is first
+        cache.append(cache.open(text, "mine", reuse), 60)
+        cache.keep(first)
+        cache._touch(cache.kept[-1])
+    elif how == "settled":
+        cache.settle(first.leaving)
+        first.n_stored = 0
+    elif how == "trimmed":
+        first.leaving = first.n_uncopied = 0
+    else:
+        cache._worth._share = 0.0
+        cache._store(first, 100)
+        cache._worth._share = 0.25
+    cache.take_operations()
+    for _ in range(4):
+        cache.make_room(cache.n_free + 30, 40)
+        for one in cache.take_operations():
+            if isinstance(one, Store) and one.key == first.leaving:
+                assert len(one.tokens) - one.n_left <= 80
 
 
 def test_a_sequence_that_goes_on_is_stored_anew() -> None:
