@@ -240,7 +240,7 @@ def test_room_for_what_comes_back_is_made_in_parts() -> None:
     assert 0 < n_left[-1] < 500
 
 
-@pytest.mark.parametrize("how", ["goes on", "settled", "trimmed", "not worth it"])
+@pytest.mark.parametrize("how", ["goes on", "settled", "not worth it"])
 def test_what_leaves_a_second_time_begins_at_its_end(how: str) -> None:
     """Else as much would be copied at once as had been before."""
     cache = cache_of(stores=True)
@@ -260,8 +260,6 @@ def test_what_leaves_a_second_time_begins_at_its_end(how: str) -> None:
     elif how == "settled":
         cache.settle(first.leaving)
         first.n_stored = 0
-    elif how == "trimmed":
-        first.leaving = first.n_uncopied = 0
     else:
         cache._worth._share = 0.0
         cache._store(first, 100)
