@@ -55,6 +55,15 @@ class CachedSequence:
         """Tokens in the cache."""
         return self.tail.end
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether others hold all of its cells too."""
+        return len(self.tail.sequences) > 1
+
+    def stay(self) -> None:
+        """Nothing of it is on its way out any more."""
+        self.leaving = self.n_uncopied = 0
+
 
 @dataclass(frozen=True, slots=True)
 class Match:

@@ -240,8 +240,8 @@ class PrefixCache:
             if self._is_to_store(kept) and self._tree.n_freeable(kept):
                 return True
             # What others hold too is not free yet.
-            if len(kept.tail.sequences) == 1:
-                n_missing -= kept.n_cells - kept.tail.start
+            if not kept.is_shared:
+                n_missing -= kept.tail.n_cells
         return False
 
     def settle(self, key: int) -> None:
@@ -249,7 +249,8 @@ class PrefixCache:
         cannot be."""
         for kept in self._kept:
             if kept.leaving == key:
-                kept.leaving, kept.n_uncopied, kept.n_stored = 0, 0, kept.n_cells
+                kept.stay()
+                kept.n_stored = kept.n_cells
 
     def store_anew(self, key: int) -> None:
         """What was stored under `key` is gone before it was whole."""
@@ -323,7 +324,7 @@ class PrefixCache:
             self._operations.append(Cut(sequence.slot, reuse.n_tokens))
             self._tree.cut(sequence, reuse.n_tokens)
         sequence.n_stored = min(sequence.n_stored, sequence.n_cells)
-        sequence.leaving = sequence.n_uncopied = 0
+        sequence.stay()
         self._tree.resume(sequence, tokens)
         if sequence.slot >= self._n_slots:
             self._move(sequence, self._take_slot())
@@ -371,7 +372,7 @@ class PrefixCache:
     def _shrink(self, victim: CachedSequence, n_cells: int, *, stores: bool = False) -> None:
         """Take some of a kept sequence's own cells away, from its end, or all of it."""
         n_left = victim.n_cells - n_cells
-        own = victim.tail if len(victim.tail.sequences) == 1 else None
+        own = None if victim.is_shared else victim.tail
         if stores and own is not None and n_left < own.start:
             n_left = own.start  # the rest is others' too
         if not self.rules.cuts_anywhere or own is None or n_left < max(own.start, self.shortest):
@@ -379,7 +380,7 @@ class PrefixCache:
         if stores:
             self._store(victim, n_left)
         else:
-            victim.leaving = victim.n_uncopied = 0
+            victim.stay()
         if not n_left:
             self._evict(victim)
             return
@@ -389,7 +390,7 @@ class PrefixCache:
     def _n_to_copy_on(self, victim: CachedSequence, n_stored: int) -> int:
         """How many of its first tokens are left to be stored after the next ones, of a sequence
         that has none of its own."""
-        shared = self.rules.cuts_anywhere and len(victim.tail.sequences) > 1
+        shared = self.rules.cuts_anywhere and victim.is_shared
         if not (shared and n_stored and self._is_to_store(victim)):
             return 0
         return max((victim.n_uncopied or victim.n_cells) - max(n_stored // 2, 1), 0)
@@ -414,7 +415,7 @@ class PrefixCache:
                 Store(sequence.slot, tokens, sequence.salt, n_left, sequence.leaving)
             )
         else:
-            sequence.leaving = sequence.n_uncopied = 0
+            sequence.stay()
 
     def _evict(self, sequence: CachedSequence) -> None:
         del self._kept[sequence]

@@ -244,8 +244,8 @@ class Scheduler:
             budget = min(budget, max(cache.n_free - n_rows, 1))
         shares = share(prefilling, budget, self._n_outputs_each())
         n_prefill = sum(count for _, count in shares)
-        copies = cache.is_storing or cache.stores_for(n_rows + n_prefill)
-        if not (n_rows and n_prefill and copies) or just_copied:
+        may_copy = n_rows and n_prefill and not just_copied
+        if not may_copy or not (cache.is_storing or cache.stores_for(n_rows + n_prefill)):
             cache.make_room(n_rows + n_prefill, n_stored)
             return shares
         self._copied = True

@@ -188,6 +188,20 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many cells each part had that left."""
+    found: list[int] = []
+    add = LeavingSequence.add
+
+    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
+        found.append(self.n_missing - n_left)
+        add(self, slot, n_left, through)
+
+    monkeypatch.setattr(LeavingSequence, "add", recording)
+    return found
+
+
 def test_what_a_step_needs_is_stored_just_before_it(house: House) -> None:
     first = random_tokens(LONG, seed=1)
     house.read(first)
@@ -313,19 +327,14 @@ def test_as_much_leaves_as_the_time_allows(
 
 
 def test_no_part_takes_more_memory_than_is_there_for_one(
-    house: House, taken: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    house: House,
+    taken: list[tuple[int, int]],
+    left: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     house.read(random_tokens(LONG, seed=1))
     n_bytes = house.context.state_bytes(house.cache.kept[0].slot)
     monkeypatch.setattr(cold_tier, "PART_BYTES", n_bytes // 6)
-    left: list[int] = []
-    add = LeavingSequence.add
-
-    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
-        left.append(self.n_missing - n_left)
-        add(self, slot, n_left, through)
-
-    monkeypatch.setattr(LeavingSequence, "add", recording)
     for seed in (2, 3):
         house.cache._worth._share = 0.25
         house.read(random_tokens(LONG, seed=seed))
@@ -438,7 +447,7 @@ def test_conversations_with_a_common_beginning_leave_in_parts(house: House) -> N
 
 
 def test_what_has_to_begin_to_leave_once_more_does_so_in_parts(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, left: list[int]
 ) -> None:
     for n in (20, 300):
         house.read(np.concatenate([random_tokens(400, seed=1), random_tokens(n, seed=2 + n)]))
@@ -455,16 +464,9 @@ def test_what_has_to_begin_to_leave_once_more_does_so_in_parts(
     first = house.cache.kept[-1]
     assert 0 < first.n_uncopied == lefts[-1] < 400
     house.tier._forget(first.leaving)
-    copied: list[int] = []
-    add = LeavingSequence.add
-
-    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
-        copied.append(self.n_missing - n_left)
-        add(self, slot, n_left, through)
-
-    monkeypatch.setattr(LeavingSequence, "add", recording)
+    left.clear()
     assert leave() == 380
-    assert max(copied) <= 30
+    assert max(left) <= 30
 
 
 def test_the_parts_grow_with_the_time_there_is(house: House, taken: list[tuple[int, int]]) -> None:
@@ -629,16 +631,8 @@ def test_ids_that_are_taken_do_not_empty_what_is_kept_under_them(
 
 
 def test_of_a_conversation_that_has_lost_a_few_cells_only_those_are_read_again(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, left: list[int]
 ) -> None:
-    copied = []
-    add = LeavingSequence.add
-
-    def recording(self: LeavingSequence, slot: int, n_left: int, through: int | None) -> None:
-        copied.append(self.n_missing - n_left)
-        add(self, slot, n_left, through)
-
-    monkeypatch.setattr(LeavingSequence, "add", recording)
     first = random_tokens(880 + 40, seed=1)
     house.read(first[:880])
     house.stream()
@@ -646,9 +640,9 @@ def test_of_a_conversation_that_has_lost_a_few_cells_only_those_are_read_again(
     house.read(random_tokens(140, seed=2))
     n_here = max(sequence.n_cells for sequence in house.cache.kept)
     assert 820 < n_here < 880
-    copied.clear()
+    left.clear()
     assert house.finish(house.ask(first[:900]), seconds=1e-9) == n_here
-    assert max(copied, default=0) <= N_BATCH
+    assert max(left, default=0) <= N_BATCH
 
 
 def test_what_can_never_be_whole_does_not_keep_memory_from_others(
