@@ -79,8 +79,15 @@ class Pace:
         self._shared = False
         self._stretch = _STRETCH
 
-    def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
-        """The most prompt tokens for the next step, beside `n_decoding` running streams.
+    def limit(
+        self,
+        n_decoding: int,
+        n_waiting: int = 1,
+        n_unread: int | None = None,
+        n_drafted: int = 0,
+    ) -> int:
+        """The most prompt tokens for the next step, beside `n_decoding` running streams for which
+        `n_drafted` tokens are checked.
 
         `n_waiting` requests wait for their first token: each may have its time, up to the bound.
         `n_unread` is how many prompt tokens there are at most. On a GPU two batches in a row are
@@ -89,38 +96,39 @@ class Pace:
         in ggml-cuda.cu).
         """
         self._shared = n_waiting > 1
-        limit = self._limit(n_decoding, n_waiting)
+        n_beside = n_decoding + n_drafted
+        limit = self._whole(n_beside, self._affordable(n_decoding, n_waiting))
         if n_decoding:
-            limit = min(limit, max(self._n_batch - n_decoding, 1))
-            if self._on_gpu and limit > 1 and n_decoding + limit == self._n_last:
+            limit = min(limit, max(self._n_batch - n_beside, 1))
+            if self._on_gpu and limit > 1 and n_beside + limit == self._n_last:
                 return limit - 1
             if self._tiles:
-                return self._below_tile(n_decoding, limit if n_unread is None else n_unread, limit)
+                return self._below_tile(n_beside, limit if n_unread is None else n_unread, limit)
         return limit
 
-    def _below_tile(self, n_decoding: int, n_unread: int, limit: int) -> int:
-        if not _TILE <= n_decoding + min(limit, n_unread) < 2 * _TILE:
+    def _below_tile(self, n_beside: int, n_unread: int, limit: int) -> int:
+        if not _TILE <= n_beside + min(limit, n_unread) < 2 * _TILE:
             return limit
-        return max(_TILE - self._rows - n_decoding, _FEWEST_BESIDE)
+        return max(_TILE - self._rows - n_beside, _FEWEST_BESIDE)
 
-    def _limit(self, n_decoding: int, n_waiting: int) -> int:
+    def _affordable(self, n_decoding: int, n_waiting: int) -> int:
         if self._seconds_per_token is None:
-            return min(_FIRST, self._n_batch)
+            return _FIRST
         if not n_decoding:
-            return self._whole(0, max(int(_ALONE_S / self._seconds_per_token), _FEWEST))
+            return max(int(_ALONE_S / self._seconds_per_token), _FEWEST)
         affordable = int(self.seconds_beside(n_decoding, n_waiting) / self._seconds_per_token)
         if self._mixed:
             if self._granted <= affordable < _STEADY * self._granted:
-                return self._whole(n_decoding, self._granted)
+                return self._granted
             affordable = min(int(affordable / _HEADROOM), int(_GROWTH * self._granted) + 1)
         self._granted = min(max(affordable, _FEWEST_BESIDE), self._n_batch)
-        return self._whole(n_decoding, self._granted)
+        return self._granted
 
-    def _whole(self, n_decoding: int, n_prefill: int) -> int:
-        """About so many prompt tokens: no row of a batch without drafts is left over."""
-        n_rows = n_decoding + n_prefill
+    def _whole(self, n_beside: int, n_prefill: int) -> int:
+        """About so many prompt tokens: no row of the batch is left over."""
+        n_rows = n_beside + n_prefill
         n_rows += -n_rows % self._rows
-        return min(n_rows - n_decoding, self._n_batch)
+        return min(n_rows - n_beside, self._n_batch)
 
     def observe(
         self, n_prefilled: int, n_tokens: int, seconds: float, gap: float | None = None

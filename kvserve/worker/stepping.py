@@ -104,10 +104,14 @@ class Stepper:
         self._outbox.flush()
         self._cold.restore(scheduler, self._pace.seconds_beside(scheduler.n_decoding))
         asks = self._asks()
+        drafts = self._propose(asks)
         n_prefill = self._pace.limit(
-            scheduler.n_decoding, scheduler.n_unanswered, scheduler.n_unread
+            scheduler.n_decoding,
+            scheduler.n_unanswered,
+            scheduler.n_unread,
+            sum(map(len, drafts.values())),
         )
-        plan = scheduler.plan(n_prefill, self._propose(asks), self._n_leaving())
+        plan = scheduler.plan(n_prefill, drafts, self._n_leaving())
         self._executor.change_memory(plan.operations)
         for request in plan.admitted:
             job = self._jobs[request]

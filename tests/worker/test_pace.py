@@ -293,17 +293,33 @@ def test_on_a_gpu_batches_fill_tiles_and_are_never_captured(n_decoding: int, n_b
     assert max(sizes) <= n_batch
 
 
-def test_on_a_cpu_batches_stay_below_a_tile_of_attention_or_fill_two() -> None:
+@pytest.mark.parametrize("n_drafted", [0, 1, 9, 17])
+def test_on_a_cpu_batches_stay_below_a_tile_of_attention_or_fill_two(n_drafted: int) -> None:
     for n_waiting in (1, 3, 20):
         pace = Pace(N_BATCH, tiles=True)
         pace.observe(N_BATCH, N_BATCH, laptop(0, N_BATCH))
         for n_decoding in range(2, 40):
+            n_beside = n_decoding + n_drafted
             pace.observe(0, n_decoding, laptop(n_decoding, 0))
             for n_unread in (5, 70, 110, 2000):
-                n = min(pace.limit(n_decoding, n_waiting, n_unread), n_unread)
+                n = min(pace.limit(n_decoding, n_waiting, n_unread, n_drafted), n_unread)
                 assert n == n_unread or n >= 8
-                assert not 64 <= n + n_decoding < 128 or n == 8
-                pace.observe(n, n + n_decoding, laptop(n_decoding, n))
+                assert not 64 <= n + n_beside < 128 or n == 8
+                pace.observe(n, n + n_beside, laptop(n_beside, n))
+
+
+@pytest.mark.parametrize("n_drafted", [0, 1, 3, 9])
+def test_no_row_is_left_over_beside_drafts(n_drafted: int) -> None:
+    for seconds, on_gpu, n_together in ((gpu, True, 8), (laptop, False, 4)):
+        for n_decoding in (1, 2, 7):
+            pace = Pace(N_BATCH, on_gpu=on_gpu)
+            pace.observe(N_BATCH, N_BATCH, seconds(0, N_BATCH))
+            pace.observe(0, n_decoding, seconds(n_decoding, 0))
+            n_rows = n_decoding + n_drafted + pace.limit(n_decoding, n_drafted=n_drafted)
+            assert n_rows % n_together == 0
+    full = Pace(64)
+    full.observe(64, 64, 1e-3)
+    assert full.limit(4, n_drafted=n_drafted) == 60 - n_drafted
 
 
 def test_where_attention_is_not_in_tiles_no_batch_is_cut_for_them() -> None:

@@ -33,6 +33,7 @@ from kvserve.worker.llama import Batch, Context
 from kvserve.worker.pace import Pace
 from kvserve.worker.scheduler import Scheduler
 from kvserve.worker.speculation.lookup import LookupProposer
+from kvserve.worker.speculation.proposal import Ask
 from kvserve.worker.speculation.speculator import Speculator
 from kvserve.worker.step_rows import StepRows
 from kvserve.worker.stepping import Stepper
@@ -232,9 +233,15 @@ def test_the_pace_knows_what_computes_and_what_waits(
             gaps.append((time.monotonic(), gap, seconds))
             super().observe(n_prefilled, n_tokens, seconds, gap)
 
-        def limit(self, n_decoding: int, n_waiting: int = 1, n_unread: int | None = None) -> int:
+        def limit(
+            self,
+            n_decoding: int,
+            n_waiting: int = 1,
+            n_unread: int | None = None,
+            n_drafted: int = 0,
+        ) -> int:
             asked.append((n_decoding, n_waiting, n_unread))
-            return super().limit(n_decoding, n_waiting, n_unread)
+            return super().limit(n_decoding, n_waiting, n_unread, n_drafted)
 
     def recording(n_batch: int, *, on_gpu: bool, tiles: bool) -> Pace:
         told.append((n_batch, on_gpu, tiles))
@@ -280,6 +287,33 @@ def test_the_pace_knows_what_computes_and_what_waits(
     assert min(leaving) >= 0.8 * 0.02
     assert all(gap >= seconds for _, gap, seconds in gaps)
     assert sum(gap for _, gap, _ in gaps[1:]) == pytest.approx(gaps[-1][0] - gaps[0][0], rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:llama_token_get_attr is deprecated:DeprecationWarning")
+def test_prompts_are_bounded_with_the_drafts_beside_them(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, plan, counted, batches = Pace.limit, Scheduler.plan, [], []
+
+    def propose(self: Speculator, asks: list[Ask]) -> dict[int, tuple[int, ...]]:
+        return {ask.id: (5, 6)[: ask.n_most] for ask in asks if ask.n_most > 0}
+
+    monkeypatch.setattr(Speculator, "propose", propose)
+
+    def limiting(self: Pace, n_decoding: int, *others: int) -> int:
+        counted.append(others[2])
+        return limit(self, n_decoding, *others)
+
+    def planning(self: Scheduler, *asked: object) -> Plan:
+        batches.append(plan(self, *asked))
+        return batches[-1]
+
+    monkeypatch.setattr(Pace, "limit", limiting)
+    monkeypatch.setattr(Scheduler, "plan", planning)
+    run(context, speculates=True, cancels={})
+    assert len(counted) == len(batches)
+    assert all(n >= batch.n_drafted for n, batch in zip(counted, batches, strict=True))
+    assert any(batch.n_drafted and batch.n_prefill for batch in batches)
 
 
 @pytest.mark.parametrize(
