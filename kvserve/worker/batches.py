@@ -33,8 +33,8 @@ class Batch:
     """One decode call, `n_prefill` of its tokens from prompts, after `operations` on the memory.
 
     `n_pad` rows more are decoded for nothing, since so many take less time, or the outputs of the
-    last `n_idle` tokens computed. `admitted` are the requests that have their place from now on, in
-    the order of their arrival, those that come back after they were `preempted` included.
+    last `n_idle` tokens are computed. `admitted` are the requests that have their place from now
+    on, in the order of their arrival, those that come back after they were `preempted` included.
     """
 
     chunks: tuple[Chunk, ...]

@@ -3,6 +3,8 @@
 from collections import deque
 from statistics import median_low
 
+from kvserve.worker.step_rows import CPU_ROWS, CPU_TILE
+
 _ALONE_S = 1.0
 _LONGEST_GAP = 2.8
 """In all but one of a hundred steps that read one prompt, the gap between two tokens of a stream
@@ -30,14 +32,10 @@ _GROWTH = 2.0
 _STEADY, _HEADROOM = 1.2, 1.1
 """The limit stays where it is while up to so many times as much could be afforded: llama.cpp keeps
 its graph while batches are of the same size."""
-_CPU_ROWS, _GPU_ROWS = 4, 8
-"""llama.cpp multiplies so many rows at a time with quantized weights: 8 streams and 12 prompt
-tokens take less time than 8 and 11 on a CPU, which does the rest one by one, and those that fill a
-tile up cost nothing on a GPU (mmq.cuh)."""
-_TILE = 64
-"""From so many rows on a CPU's flash attention computes tiles of so many, with all cells that any
-of their sequences has: 80 ms more for the same batch with 1,300 cells in use, which less than two
-tiles do not make up for (ggml_compute_forward_flash_attn_ext_f16 in ggml-cpu/ops.cpp)."""
+_GPU_ROWS = 8
+"""llama.cpp multiplies so many rows at a time with quantized weights on a GPU, where those that
+fill a tile up cost nothing (mmq.cuh); on a CPU 8 streams and 12 prompt tokens take less time than 8
+and 11, for the rest is done one by one."""
 _N_STEPS = 9
 _MOST_LEFT_OUT = 64
 """Steps that follow a prompt's, one after another, before they are all there is to learn from."""
@@ -71,7 +69,7 @@ class Pace:
         self._n_last = 0
         self._on_gpu = on_gpu
         self._tiles = tiles
-        self._rows = _GPU_ROWS if on_gpu else _CPU_ROWS
+        self._rows = _GPU_ROWS if on_gpu else CPU_ROWS
         self._seconds_per_token: float | None = None
         self._steps = _StreamSteps()
         self._granted = 0
@@ -107,9 +105,9 @@ class Pace:
         return limit
 
     def _below_tile(self, n_beside: int, n_unread: int, limit: int) -> int:
-        if not _TILE <= n_beside + min(limit, n_unread) < 2 * _TILE:
+        if not CPU_TILE <= n_beside + min(limit, n_unread) < 2 * CPU_TILE:
             return limit
-        return max(_TILE - self._rows - n_beside, _FEWEST_BESIDE)
+        return max(CPU_TILE - self._rows - n_beside, _FEWEST_BESIDE)
 
     def _affordable(self, n_decoding: int, n_waiting: int) -> int:
         if self._seconds_per_token is None:

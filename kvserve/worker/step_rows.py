@@ -12,7 +12,12 @@ from statistics import median_low
 
 _FEWEST = 3
 """Below, reading the weights takes most of the time, and a row more is no gain."""
-_GROUP = 4
+CPU_ROWS = 4
+"""Rows that llama.cpp multiplies at a time on a CPU."""
+CPU_TILE = 64
+"""From so many rows on a CPU's flash attention computes tiles of so many, with all cells that any
+of their sequences has: 80 ms more for the same batch with 1,300 cells in use, which less than two
+tiles do not make up for (ggml_compute_forward_flash_attn_ext_f16 in ggml-cpu/ops.cpp)."""
 _N_TRIALS = 4
 _N_KEPT = 5
 _AGAIN = 64
@@ -53,8 +58,9 @@ class StepRows:
         gain = median_low(self._of(n, best)) / median_low(self._of(n, n))
         return best if gain < _WORTH else n
 
-    def outputs(self, n: int) -> int:
-        """Outputs for a step with prompts in which `n` are asked for."""
+    def whole(self, n: int) -> int:
+        """So many outputs that none is left over, for a step with prompts or drafts in which `n`
+        are asked for."""
         if not self._learns or n < _FEWEST:
             return n
         return self._candidates(n)[-1]
@@ -66,7 +72,7 @@ class StepRows:
             self._n_seen[n] = self._n_seen.get(n, 0) + 1
 
     def _candidates(self, n: int) -> list[int]:
-        numbers = {n, n + n % 2, n + -n % _GROUP}
+        numbers = {n, n + n % 2, n + -n % CPU_ROWS}
         return sorted(rows for rows in numbers if rows <= max(self._n_most, n))
 
     def _of(self, n: int, n_rows: int) -> deque[float]:

@@ -164,6 +164,7 @@ def test_who_holds_a_cards_memory():
         (X86, "CPU : AVX512 = 1 | AVX2 = 1 |", "AVX512, which this processor lacks"),
         (X86 | {"amx_int8"}, "CPU : AMX_INT8 = 1 |", None),
         (X86 | {"hypervisor", "amx_int8"}, "CPU : AVX2 = 1 |", None),
+        (X86 | {"avx512f", "avx512vbmi"}, "CPU : AVX512 = 1 | AVX512_VBMI = 1 |", None),
         (frozenset(), "CPU : AVX512 = 1 |", None),
         (X86, "CPU : AVX512 = 0 | NEON = 1 |", None),
     ],

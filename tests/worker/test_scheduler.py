@@ -111,7 +111,7 @@ class Run:
         assert n_outputs <= scheduler.n_slots + batch.n_drafted
         assert batch.n_drafted <= scheduler.n_draft
         assert batch.n_tokens + batch.n_pad <= scheduler.n_batch
-        assert not batch.n_pad or batch.n_tokens == n_decoding
+        assert not batch.n_pad or (batch.chunks[-1].last and not batch.n_idle)
         self.drafts = True
         if not self.memory.decode(batch, self.known):
             if batch.n_drafted:
@@ -384,6 +384,40 @@ def test_a_step_gets_the_rows_that_make_it_quicker_where_there_are_cells_for_the
         steps.append((n_free, batch.n_prefill, batch.n_pad, repeats))
     assert steps[:3] == [(40, 8, 0, False), (32, 2, 0, False), (30, 0, 2, True)]
     assert steps[-4:] == [(8, 0, 2, True), (6, 0, 2, True), (4, 0, 2, False), (2, 0, 0, False)]
+
+
+def test_on_a_cpu_no_output_is_left_over_beside_drafts_and_prompts() -> None:
+    scheduler, memory = fake_scheduler(400, n_slots=5, n_batch=96, n_draft=8, learns=True)
+    known = {request: [request] * 5 for request in range(3)}
+    for request, tokens in known.items():
+        scheduler.add(request, np.full(60, tokens[0]), 5)
+
+    def step(n_prefill: int, drafts: dict[int, tuple[int, ...]]) -> tuple[int, int, int, int]:
+        batch = scheduler.plan(n_prefill, drafts)
+        assert memory.decode(batch, known)
+        scheduler.commit(batch)
+        for chunk in batch.chunks:
+            scheduler.settle(chunk, 0)
+            if chunk.last:
+                known[chunk.id].append(chunk.id)
+                scheduler.grow(chunk.id)
+        memory.change(scheduler.cache.take_operations())
+        n_outputs = sum(chunk.n_outputs for chunk in batch.chunks)
+        return batch.n_prefill, n_outputs, batch.n_pad, batch.n_idle
+
+    assert step(64, {}) == (15, 3, 1, 0), "all three prompts end"
+    assert step(64, {0: (8, 8)}) == (0, 5, 3, 0)
+    assert step(64, {0: (8, 8), 2: (8, 8, 8)}) == (0, 8, 0, 0)
+    known[3] = [3] * 30
+    scheduler.add(3, np.full(60, 3), 30)
+    assert step(10, {1: (8, 8)}) == (10, 5, 0, 3), "there the prompt's tokens are computed"
+    assert step(18, {}) == (18, 3, 0, 1)
+    assert step(18, {1: (8,)}) == (2, 5, 3, 0)
+    for n_prompt, filled in ((54, 3), (56, 3), (57, 0), (59, 0), (60, 3)):
+        known[4] = [n_prompt] * n_prompt
+        scheduler.add(4, np.full(80, n_prompt), n_prompt)
+        assert step(64, {}) == (n_prompt, 5, filled, 0), "no tile of attention is begun for it"
+        scheduler.remove(4)
 
 
 def test_steps_get_no_rows_more_where_attention_would_read_many_cells_again() -> None:

@@ -36,8 +36,8 @@ from kvserve.worker.speculation.speculator import Speculator
 class Eager(Speculator):
     '''Has every proposal checked, spoilt at its second or third token every other time.'''
 
-    def __init__(self, proposer, *bounds):
-        super().__init__(proposer, *bounds)
+    def __init__(self, proposer, *bounds, **others):
+        super().__init__(proposer, *bounds, **others)
         if proposer.batched:  # random weights are sure of nothing
             proposer.second.least_likely = 0.0
 

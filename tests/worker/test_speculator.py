@@ -21,20 +21,25 @@ rates = st.lists(st.lists(st.floats(0, 1), max_size=4), min_size=1, max_size=3)
 costs = st.lists(st.floats(0, 0.5), min_size=0, max_size=8)
 
 
-@given(rates, costs)
+@given(rates, costs, st.sampled_from((1, 2, 4)))
 @settings(deadline=None)
-def test_an_allotment_is_the_fastest_of_all(rows: list[list[float]], more: list[float]) -> None:
+def test_an_allotment_is_the_fastest_of_all(
+    rows: list[list[float]], more: list[float], n_together: int
+) -> None:
     seconds = [1.0]
     for one in more:
         seconds.append(seconds[-1] + one)
-    counts = allot(rows, seconds)
+    counts = allot(rows, seconds, n_together)
     assert sum(counts) < len(seconds)
 
     def speed(chosen: Sequence[int]) -> float:
         gain = sum(
             np.prod(row[:n]) for row, k in zip(rows, chosen, strict=True) for n in range(1, k + 1)
         )
-        return (len(rows) + gain) / seconds[sum(chosen)]
+        n = sum(chosen)
+        while n and (len(rows) + n) % n_together:
+            n += 1  # the batch is filled up
+        return (len(rows) + gain) / seconds[min(n, len(seconds) - 1)]
 
     every = product(*(range(len(row) + 1) for row in rows))
     best = max(speed(chosen) for chosen in every if sum(chosen) < len(seconds))

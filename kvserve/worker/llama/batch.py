@@ -64,11 +64,12 @@ class Batch:
         self.n_tokens = self.raw.n_tokens = end
 
     def pad(self, n: int, *, wanted: bool) -> None:
-        """Append `n` rows behind the last token of the first sequence, of a batch with one token of
-        each. What they leave in the cache goes as soon as they are decoded (`Context.submit`).
-        Logits are computed for them too where `wanted`, after those of the `outputs`."""
+        """Append `n` rows behind the last token, which must be the last of its sequence. What they
+        leave in the cache goes as soon as they are decoded (`Context.submit`). Logits are computed
+        for them too where `wanted`, after those of the `outputs`."""
         begin = self.n_tokens
-        self.add(self._token[:1].repeat(n), int(self._pos[0]) + 1, int(self._slot[0]))
+        last = begin - 1
+        self.add(self._token[last:begin].repeat(n), int(self._pos[last]) + 1, int(self._slot[last]))
         self._wanted[begin : self.n_tokens] = wanted
         self.n_pad = n
 

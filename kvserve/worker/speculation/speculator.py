@@ -31,7 +31,8 @@ class Outcome:
 
 
 class Speculator:
-    """At most `n_each` proposed tokens of a sequence and `n_all` of all in a batch.
+    """At most `n_each` proposed tokens of a sequence and `n_all` of all in a batch, which the
+    caller fills up to a multiple of `n_together` rows.
 
     Proposals that do not go into a batch are compared with what is drawn all the same: what they
     would have brought is known at no cost. Not thread-safe.
@@ -43,10 +44,12 @@ class Speculator:
         n_each: int,
         n_all: int,
         clock: Callable[[], float] = time.perf_counter,
+        n_together: int = 1,
     ) -> None:
         self._proposer = proposer
         self._n_each = n_each
         self._n_all = n_all
+        self._n_together = n_together
         self._clock = clock
         self._costs = StepCosts()
         self._ledger = Ledger()
@@ -147,7 +150,7 @@ class Speculator:
                 continue
             acceptance = self._acceptance_of(ask.id)
             rates.append([acceptance.rate(kind) for kind in proposal.kinds])
-        counts = allot(rates, self._costs.curve(n, n + self._n_all))
+        counts = allot(rates, self._costs.curve(n, n + self._n_all), self._n_together)
         return {
             ask.id: self._proposals[ask.id].tokens[:count]
             for ask, count in zip(asks, counts, strict=True)
