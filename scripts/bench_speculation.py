@@ -43,9 +43,9 @@ class Switched(Speculator):
     def propose(self, asks):
         return super().propose(asks) if asks and asks[0].id % 2 == 0 else {}
 
-    def observe(self, outcomes, seconds, n_prefill):
+    def observe(self, outcomes, *measured):
         if all(request % 2 == 0 for request in outcomes):
-            super().observe(outcomes, seconds, n_prefill)
+            super().observe(outcomes, *measured)
 
 channel = WorkerChannel(socket.socket(fileno=int(sys.argv[1])))
 inbox = queue.SimpleQueue()

@@ -17,7 +17,7 @@ from kvserve.worker.batches import Batch, Chunk
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
 from kvserve.worker.entries import Entry, chunk_of, share
 from kvserve.worker.prefix_cache import PrefixCache, Reuse
-from kvserve.worker.step_rows import CPU_TILE, StepRows
+from kvserve.worker.step_rows import StepRows
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
@@ -188,15 +188,14 @@ class Scheduler:
         chunks += [chunk_of(entry, count) for entry, count in shares]
         n_prefill = sum(count for _, count in shares)
         n_rows += n_prefill
-        if n_drafted or n_prefill:
-            n_pad, n_idle = self._fill(chunks)
-        else:
-            n_pad, n_idle = self._n_pad(n_rows), 0
+        n_pad = 0
+        if not n_prefill and (self.rows.learns or not n_drafted):
+            n_pad = self._n_pad(n_rows)
         # With a sliding window, rows that are taken back must not be in another micro-batch.
         n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch
-        n_filled = n_rows + n_pad
-        if n_filled > min(self.cache.n_free, n_most_rows) or n_rows < CPU_TILE <= n_filled:
+        if n_rows + n_pad > min(self.cache.n_free, n_most_rows):
             n_pad = 0
+        n_idle = self._n_idle(chunks) if n_prefill else 0
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad, n_idle)
 
@@ -261,17 +260,14 @@ class Scheduler:
             return 0
         return self.rows.wanted(n_rows) - n_rows
 
-    def _fill(self, chunks: list[Chunk]) -> tuple[int, int]:
-        """Rows that a batch with prompts or drafts has more, or outputs of its last tokens, so that
-        no output is left over."""
-        if any(chunk.scored for chunk in chunks):
-            return 0, 0
-        n_outputs = sum(chunk.n_outputs for chunk in chunks)
+    def _n_idle(self, chunks: list[Chunk]) -> int:
+        """Outputs more of a batch that ends with a part of a prompt."""
         last = chunks[-1]
-        n_more = self.rows.whole(n_outputs) - n_outputs
-        if last.n_outputs:
-            return n_more, 0
-        return 0, n_more if n_more <= last.count else 0
+        if last.n_outputs or any(chunk.scored for chunk in chunks):
+            return 0
+        n_outputs = sum(chunk.n_outputs for chunk in chunks)
+        n_idle = self.rows.outputs(n_outputs) - n_outputs
+        return n_idle if n_idle <= last.count else 0
 
     def _find(self, request: int) -> Entry:
         for entry in self._running:

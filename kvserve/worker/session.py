@@ -32,7 +32,7 @@ from kvserve.worker.speculation.either import EitherProposer
 from kvserve.worker.speculation.lookup import LookupProposer
 from kvserve.worker.speculation.proposal import Proposer
 from kvserve.worker.speculation.speculator import Speculator
-from kvserve.worker.step_rows import CPU_ROWS
+from kvserve.worker.step_rows import whole_rows
 from kvserve.worker.templates import ChatTemplate, choose
 
 _PROGRESS_FRAMES = 20
@@ -112,9 +112,8 @@ def _speculation(
     proposer: Proposer = LookupProposer()
     if load.speculate == "draft":
         proposer = EitherProposer(proposer, _draft_proposer(load, context, log))
-    n_together = 1 if context.model.wholly_on_gpu else CPU_ROWS
-    speculator = make(proposer, load.n_draft_each, load.n_draft, n_together=n_together)
-    return speculator, load.speculate
+    whole = int if context.model.wholly_on_gpu else whole_rows
+    return make(proposer, load.n_draft_each, load.n_draft, whole=whole), load.speculate
 
 
 def _draft_proposer(load: Load, context: llama.Context, log: LoadLog) -> DraftProposer:

@@ -25,8 +25,13 @@ _AGAIN = 64
 _WORTH = 0.97
 
 
+def whole_rows(n: int) -> int:
+    """The rows of whole groups on a CPU that `n` rows are at most made."""
+    return n if n < _FEWEST else n + -n % CPU_ROWS
+
+
 class StepRows:
-    """Learns from steps without prompts and drafts where it `learns`; else the numbers in `known`
+    """Learns from steps without prompts where it `learns`; else the numbers in `known`
     are all there is. What it learns is at most `n_most` rows."""
 
     def __init__(
@@ -44,7 +49,8 @@ class StepRows:
         return self._learns
 
     def wanted(self, n: int) -> int:
-        """Rows for the next step of `n` sequences. The same until it was observed."""
+        """Rows for the next step with `n` tokens, each with an output. The same until it was
+        observed."""
         if not self._learns or n < _FEWEST:
             return self._known.get(n, n)
         candidates = self._candidates(n)
@@ -58,22 +64,22 @@ class StepRows:
         gain = median_low(self._of(n, best)) / median_low(self._of(n, n))
         return best if gain < _WORTH else n
 
-    def whole(self, n: int) -> int:
-        """So many outputs that none is left over, for a step with prompts or drafts in which `n`
-        are asked for."""
+    def outputs(self, n: int) -> int:
+        """Outputs for a step with prompts in which `n` are asked for."""
         if not self._learns or n < _FEWEST:
             return n
         return self._candidates(n)[-1]
 
     def observe(self, n: int, n_rows: int, seconds: float) -> None:
-        """Note a step of `n` sequences that had so many rows."""
+        """Note a step with `n` tokens that had so many rows."""
         if self._learns and n >= _FEWEST:
             self._of(n, n_rows).append(seconds)
             self._n_seen[n] = self._n_seen.get(n, 0) + 1
 
     def _candidates(self, n: int) -> list[int]:
-        numbers = {n, n + n % 2, n + -n % CPU_ROWS}
-        return sorted(rows for rows in numbers if rows <= max(self._n_most, n))
+        numbers = {n, n + n % 2, whole_rows(n)}
+        most = max(min(self._n_most, CPU_TILE - 1) if n < CPU_TILE else self._n_most, n)
+        return sorted(rows for rows in numbers if rows <= most)
 
     def _of(self, n: int, n_rows: int) -> deque[float]:
         return self._samples.setdefault((n, n_rows), deque(maxlen=_N_KEPT))

@@ -148,7 +148,7 @@ class Stepper:
         # What is drawn after a prompt (a first mask, scores) says nothing of its tokens.
         counted = decoded - begun if plan.n_prefill else seconds
         self._pace.observe(plan.n_prefill, plan.n_tokens, counted, self._drawn_at - last)
-        if not plan.n_prefill and not plan.n_drafted:
+        if not plan.n_prefill:
             n_rows = plan.n_tokens + plan.n_pad
             self._scheduler.rows.observe(plan.n_tokens, n_rows, decoded - begun)
         return _Decoded(plan, drawn, {ask.id for ask in asks}, seconds)
@@ -205,7 +205,7 @@ class Stepper:
         outcomes = self._settle(plan)
         if self._speculator is not None:
             decoded = {id_: one for id_, one in outcomes.items() if id_ in done.asked}
-            self._speculator.observe(decoded, done.seconds, plan.n_prefill)
+            self._speculator.observe(decoded, done.seconds, plan.n_prefill, plan.n_pad)
         self._deliver(plan, done.drawn, echoes, ends, outcomes)
 
     def _asks(self) -> list[Ask]:

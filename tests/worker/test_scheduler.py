@@ -111,7 +111,7 @@ class Run:
         assert n_outputs <= scheduler.n_slots + batch.n_drafted
         assert batch.n_drafted <= scheduler.n_draft
         assert batch.n_tokens + batch.n_pad <= scheduler.n_batch
-        assert not batch.n_pad or (batch.chunks[-1].last and not batch.n_idle)
+        assert not batch.n_pad or not batch.n_prefill
         self.drafts = True
         if not self.memory.decode(batch, self.known):
             if batch.n_drafted:
@@ -386,38 +386,55 @@ def test_a_step_gets_the_rows_that_make_it_quicker_where_there_are_cells_for_the
     assert steps[-4:] == [(8, 0, 2, True), (6, 0, 2, True), (4, 0, 2, False), (2, 0, 0, False)]
 
 
-def test_on_a_cpu_no_output_is_left_over_beside_drafts_and_prompts() -> None:
-    scheduler, memory = fake_scheduler(400, n_slots=5, n_batch=96, n_draft=8, learns=True)
-    known = {request: [request] * 5 for request in range(3)}
-    for request, tokens in known.items():
-        scheduler.add(request, np.full(60, tokens[0]), 5)
+def test_drafts_are_filled_up_as_measured_on_a_cpu_alone() -> None:
+    for learns in (False, True):
+        scheduler, memory = fake_scheduler(
+            400, n_slots=4, n_batch=64, n_draft=8, rows={5: 6}, learns=learns
+        )
+        known = {request: [request] * 5 for request in range(4)}
+        for request, tokens in known.items():
+            scheduler.add(request, np.full(60, tokens[0]), 5)
+        rows = []
+        for _ in range(40):
+            batch = scheduler.plan(64, {0: (8,)})
+            assert memory.decode(batch, known)
+            scheduler.commit(batch)
+            for chunk in batch.chunks:
+                if chunk.draft:
+                    scheduler.settle(chunk, 0)
+                if chunk.last:
+                    known[chunk.id].append(chunk.id)
+                    scheduler.grow(chunk.id)
+            memory.change(scheduler.cache.take_operations())
+            if not batch.n_prefill:
+                n_rows = batch.n_tokens + batch.n_pad
+                scheduler.rows.observe(batch.n_tokens, n_rows, {5: 0.09, 6: 0.08, 8: 0.06}[n_rows])
+                rows.append(n_rows)
+        assert set(rows[-20:]) == {8 if learns else 5}
 
-    def step(n_prefill: int, drafts: dict[int, tuple[int, ...]]) -> tuple[int, int, int, int]:
-        batch = scheduler.plan(n_prefill, drafts)
+
+@pytest.mark.parametrize("n_slots", [60, 61, 63, 64])
+def test_rows_are_learned_beside_a_tile_of_attention_too(n_slots: int) -> None:
+    """What a plan would refuse is not wanted for ever, and steps are repeated."""
+    scheduler, memory = fake_scheduler(8000, n_slots, n_batch=128, n_draft=8, learns=True)
+    known = {request: [request] for request in range(n_slots)}
+    for request in known:
+        scheduler.add(request, np.full(60, request), 1)
+    repeats = []
+    for _ in range(30):
+        batch = scheduler.plan(128)
         assert memory.decode(batch, known)
+        repeats.append(scheduler.may_repeat(len(batch.chunks), batch.n_pad))
         scheduler.commit(batch)
         for chunk in batch.chunks:
-            scheduler.settle(chunk, 0)
-            if chunk.last:
-                known[chunk.id].append(chunk.id)
-                scheduler.grow(chunk.id)
-        memory.change(scheduler.cache.take_operations())
-        n_outputs = sum(chunk.n_outputs for chunk in batch.chunks)
-        return batch.n_prefill, n_outputs, batch.n_pad, batch.n_idle
-
-    assert step(64, {}) == (15, 3, 1, 0), "all three prompts end"
-    assert step(64, {0: (8, 8)}) == (0, 5, 3, 0)
-    assert step(64, {0: (8, 8), 2: (8, 8, 8)}) == (0, 8, 0, 0)
-    known[3] = [3] * 30
-    scheduler.add(3, np.full(60, 3), 30)
-    assert step(10, {1: (8, 8)}) == (10, 5, 0, 3), "there the prompt's tokens are computed"
-    assert step(18, {}) == (18, 3, 0, 1)
-    assert step(18, {1: (8,)}) == (2, 5, 3, 0)
-    for n_prompt, filled in ((54, 3), (56, 3), (57, 0), (59, 0), (60, 3)):
-        known[4] = [n_prompt] * n_prompt
-        scheduler.add(4, np.full(80, n_prompt), n_prompt)
-        assert step(64, {}) == (n_prompt, 5, filled, 0), "no tile of attention is begun for it"
-        scheduler.remove(4)
+            known[chunk.id].append(chunk.id)
+            scheduler.grow(chunk.id)
+        n_rows = batch.n_tokens + batch.n_pad
+        assert n_slots == 64 or n_rows < 64
+        if not batch.n_prefill:
+            scheduler.rows.observe(n_slots, n_rows, n_rows**-3)
+    assert all(repeats[1:])
+    assert n_rows == {60: 60, 61: 62, 63: 63, 64: 64}[n_slots]
 
 
 def test_steps_get_no_rows_more_where_attention_would_read_many_cells_again() -> None:

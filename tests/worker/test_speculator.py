@@ -29,7 +29,7 @@ def test_an_allotment_is_the_fastest_of_all(
     seconds = [1.0]
     for one in more:
         seconds.append(seconds[-1] + one)
-    counts = allot(rows, seconds, n_together)
+    counts = allot(rows, seconds, lambda n: n + -n % n_together)
     assert sum(counts) < len(seconds)
 
     def speed(chosen: Sequence[int]) -> float:
@@ -205,6 +205,36 @@ def test_never_much_slower_and_fast_where_it_pays(
     if wrong == 0.0 and n_sequences == 1:
         gain = world.run(500) / plain
         assert gain > {gpu: 6.0, cpu: 0.98, stairs: 1.35}[cost]
+
+
+@pytest.mark.parametrize("n_sequences", [1, 3, 6])
+def test_drafts_make_whole_groups_of_rows(n_sequences: int) -> None:
+    """Where nine rows take longer than twelve."""
+    world = World(0.1, lambda n: 0.02 + 0.005 * n + 0.02 * (n % 4 > 0), n_sequences)
+    world.speculator = Speculator(
+        world.proposer, 8, 16, clock=lambda: world.now, whole=lambda n: n + -n % 4
+    )
+    world.run(300)
+    widths = []
+    observe = world.speculator._costs.observe
+
+    def observing(width: int, seconds: float, *, plain: bool) -> None:
+        if not plain:
+            widths.append(width)
+        observe(width, seconds, plain=plain)
+
+    world.speculator._costs.observe = observing
+    world.run(100)
+    assert len(widths) > 50
+    assert sum(width % 4 == 0 for width in widths) > 0.95 * len(widths)
+
+
+def test_padding_belongs_to_the_width_of_a_step_with_drafts() -> None:
+    speculator = Speculator(Oracle(0.0), 8, 16)
+    speculator.observe({1: Outcome([5], 0)}, 1.0, 0, 3)
+    assert not speculator._costs.lacks(1), "a plain step is one of its sequences"
+    speculator.observe({1: Outcome([5, 6], 1)}, 1.5, 0, 2)
+    assert speculator._costs.curve(1, 4) == [1.0, pytest.approx(7 / 6), pytest.approx(8 / 6), 1.5]
 
 
 @pytest.mark.parametrize(("look_seconds", "least"), [(0.001, 3.0), (0.004, 1.5), (0.05, 0.98)])

@@ -48,7 +48,7 @@ def test_no_step_has_more_rows_than_there_may_be_outputs() -> None:
     rows = StepRows(learns=True, n_most=7)
     for n in range(1, 8):
         assert max(run(rows, n, GEMMA, 50, random.Random(n))) <= 7
-        assert rows.whole(n) <= 7
+        assert rows.outputs(n) <= 7
     assert set(run(rows, 9, GEMMA, 50, random.Random(0))) == {9}
 
 
@@ -58,9 +58,9 @@ def test_what_was_timed_at_the_start_is_kept_where_nothing_is_learned() -> None:
     rows.observe(8, 9, 1000.0)
     rows.observe(8, 8, 0.001)
     assert rows.wanted(8) == 9
-    assert [rows.whole(n) for n in range(10)] == list(range(10))
+    assert [rows.outputs(n) for n in range(10)] == list(range(10))
 
 
 def test_with_prompts_outputs_come_in_fours() -> None:
     rows = StepRows(learns=True, n_most=16)
-    assert [rows.whole(n) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 12]
+    assert [rows.outputs(n) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 12]

@@ -31,8 +31,8 @@ class Outcome:
 
 
 class Speculator:
-    """At most `n_each` proposed tokens of a sequence and `n_all` of all in a batch, which the
-    caller fills up to a multiple of `n_together` rows.
+    """At most `n_each` proposed tokens of a sequence and `n_all` of all in a batch, which takes as
+    long as one of `whole` rows.
 
     Proposals that do not go into a batch are compared with what is drawn all the same: what they
     would have brought is known at no cost. Not thread-safe.
@@ -44,12 +44,12 @@ class Speculator:
         n_each: int,
         n_all: int,
         clock: Callable[[], float] = time.perf_counter,
-        n_together: int = 1,
+        whole: Callable[[int], int] = int,
     ) -> None:
         self._proposer = proposer
         self._n_each = n_each
         self._n_all = n_all
-        self._n_together = n_together
+        self._whole = whole
         self._clock = clock
         self._costs = StepCosts()
         self._ledger = Ledger()
@@ -82,9 +82,11 @@ class Speculator:
         self._spent_seconds = self._look_seconds = self._clock() - begun
         return drafts
 
-    def observe(self, outcomes: Mapping[int, Outcome], seconds: float, n_prefill: int) -> None:
+    def observe(
+        self, outcomes: Mapping[int, Outcome], seconds: float, n_prefill: int, n_pad: int = 0
+    ) -> None:
         """Learn from a step: what came of each sequence that generates, and the time that decoding
-        and drawing took."""
+        and drawing took, `n_pad` rows for nothing among them."""
         for request, outcome in outcomes.items():
             proposal = self._proposals.get(request)
             if proposal is not None:
@@ -96,14 +98,15 @@ class Speculator:
         if n_prefill:
             self._ledger.observe(seconds, 0.0, self._spent_seconds)
             return
-        self._costs.observe(n + n_drafted, seconds, plain=not n_drafted)
-        plain, *_, wide = self._costs.curve(n, n + max(n_drafted, 1))
+        n_beside = n_drafted + n_pad if n_drafted else 0
+        self._costs.observe(n + n_beside, seconds, plain=not n_drafted)
+        plain, *_, wide = self._costs.curve(n, n + max(n_beside, 1))
         self._step_seconds = plain
         won = 0.0
         if n_drafted:
             n_accepted = sum(min(len(o.drawn) - 1, o.n_drafted) for o in outcomes.values())
             # More than its tokens one by one takes only a step that something else held up.
-            lost = min(wide, plain * (n + n_drafted) / n)
+            lost = min(wide, plain * (n + n_beside) / n)
             won = plain * (n + n_accepted) / n - lost
         self._ledger.observe(plain, won, self._spent_seconds)
 
@@ -150,7 +153,7 @@ class Speculator:
                 continue
             acceptance = self._acceptance_of(ask.id)
             rates.append([acceptance.rate(kind) for kind in proposal.kinds])
-        counts = allot(rates, self._costs.curve(n, n + self._n_all), self._n_together)
+        counts = allot(rates, self._costs.curve(n, n + self._n_all), self._whole)
         return {
             ask.id: self._proposals[ask.id].tokens[:count]
             for ask, count in zip(asks, counts, strict=True)
