@@ -276,8 +276,11 @@ def test_batches_stay_of_the_same_size() -> None:
 
 
 @pytest.mark.parametrize("n_batch", [64, 128, N_BATCH])
+@pytest.mark.parametrize("n_drafted", [0, 3])
 @pytest.mark.parametrize("n_decoding", [1, 4, 7])
-def test_on_a_gpu_batches_fill_tiles_and_are_never_captured(n_decoding: int, n_batch: int) -> None:
+def test_on_a_gpu_batches_fill_tiles_and_are_never_captured(
+    n_decoding: int, n_drafted: int, n_batch: int
+) -> None:
     """Twice the same size is captured, and good for nothing a few steps later."""
     pace = Pace(n_batch, on_gpu=True)
     pace.observe(n_batch, n_batch, gpu(0, n_batch))
@@ -285,9 +288,9 @@ def test_on_a_gpu_batches_fill_tiles_and_are_never_captured(n_decoding: int, n_b
         pace.observe(0, n_decoding, gpu(n_decoding, 0))
     sizes = []
     for _ in range(40):
-        n = pace.limit(n_decoding)
-        sizes.append(n + n_decoding)
-        pace.observe(n, n + n_decoding, gpu(n_decoding, n))
+        n = pace.limit(n_decoding, n_drafted=n_drafted)
+        sizes.append(n + n_decoding + n_drafted)
+        pace.observe(n, sizes[-1], gpu(n_decoding + n_drafted, n))
     assert all(one != other for one, other in itertools.pairwise(sizes))
     assert all(size % 8 in {0, 7} for size in sizes)
     assert max(sizes) <= n_batch

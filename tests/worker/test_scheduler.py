@@ -413,6 +413,24 @@ def test_drafts_are_filled_up_as_measured_on_a_cpu_alone() -> None:
         assert set(rows[-20:]) == {8 if learns else 5}
 
 
+@pytest.mark.parametrize(
+    ("n_window", "n_ubatch", "expected"), [(None, 3, 1), (16, 4, 1), (16, 3, 0)]
+)
+def test_with_a_window_rows_more_are_in_the_same_micro_batch(
+    n_window: int | None, n_ubatch: int, expected: int
+) -> None:
+    """Those of another one would overwrite cells that the first one's still look back to."""
+    rules = Rules(n_window, recurrent=False, shares=n_window is None, n_spare=0)
+    scheduler, _ = fake_scheduler(200, n_slots=3, n_batch=8, rules=rules, rows={3: 4})
+    scheduler.n_ubatch = n_ubatch
+    for request in range(3):
+        scheduler.add(request, np.full(20, request), 2)
+    scheduler.commit(scheduler.plan(8))
+    for request in range(3):
+        scheduler.grow(request)
+    assert scheduler.plan(8).n_pad == expected
+
+
 @pytest.mark.parametrize("n_slots", [60, 61, 63, 64])
 def test_rows_are_learned_beside_a_tile_of_attention_too(n_slots: int) -> None:
     """What a plan would refuse is not wanted for ever, and steps are repeated."""
