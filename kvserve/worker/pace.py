@@ -34,8 +34,7 @@ _STEADY, _HEADROOM = 1.2, 1.1
 its graph while batches are of the same size."""
 _GPU_ROWS = 8
 """llama.cpp multiplies so many rows at a time with quantized weights on a GPU, where those that
-fill a tile up cost nothing (mmq.cuh); on a CPU 8 streams and 12 prompt tokens take less time than 8
-and 11, for the rest is done one by one."""
+fill a tile up cost nothing (mmq.cuh)."""
 _N_STEPS = 9
 _MOST_LEFT_OUT = 64
 """Steps that follow a prompt's, one after another, before they are all there is to learn from."""

@@ -321,7 +321,7 @@ def test_as_much_leaves_as_the_time_allows(
     assert 60 < n_leaving <= 67
     assert house.tier.n_leaving(1e-6) == 16
     assert house.tier.n_leaving(60.0) == 512
-    n_here = house.cache._kept.__iter__().__next__().n_cells
+    n_here = next(iter(house.cache._kept)).n_cells
     assert leave(n_here) == 32, "of the next one nothing is known"
     assert house.tier._speeds_out == {}
 

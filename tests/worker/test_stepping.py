@@ -233,15 +233,9 @@ def test_the_pace_knows_what_computes_and_what_waits(
             gaps.append((time.monotonic(), gap, seconds))
             super().observe(n_prefilled, n_tokens, seconds, gap)
 
-        def limit(
-            self,
-            n_decoding: int,
-            n_waiting: int = 1,
-            n_unread: int | None = None,
-            n_drafted: int = 0,
-        ) -> int:
-            asked.append((n_decoding, n_waiting, n_unread))
-            return super().limit(n_decoding, n_waiting, n_unread, n_drafted)
+        def limit(self, *counts: int) -> int:
+            asked.append(counts)
+            return super().limit(*counts)
 
     def recording(n_batch: int, *, on_gpu: bool, tiles: bool) -> Pace:
         told.append((n_batch, on_gpu, tiles))
@@ -278,7 +272,7 @@ def test_the_pace_knows_what_computes_and_what_waits(
     run(context, speculates=False, cancels={})
     assert told == [(context.n_batch, wholly_on_gpu, False)], "without flash attention no tiles"
     assert len(asked) > 20
-    assert all(bool(n_unread) == bool(n_waiting) for _, n_waiting, n_unread in asked)
+    assert all(bool(n_unread) == bool(n_waiting) for _, n_waiting, n_unread, _ in asked)
     # What is drawn is a part of the streams' steps, not of what prompt tokens take.
     assert median(seconds for reads, seconds in observed if reads) < 0.02
     assert min(seconds for reads, seconds in observed if not reads) >= 0.02
