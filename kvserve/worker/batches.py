@@ -59,3 +59,12 @@ class Batch:
         """The batch with the next token of each chunk, all of which have a single one."""
         chunks = tuple(replace(chunk, start=chunk.start + 1) for chunk in self.chunks)
         return Batch(chunks, n_pad=self.n_pad)
+
+
+def shortened(chunks: list[Chunk], n_fewer: int) -> list[Chunk]:
+    """The chunks with `n_fewer` drafted tokens in all, each taken from the longest draft."""
+    kept = {chunk.id: len(chunk.draft) for chunk in chunks}
+    for _ in range(n_fewer):
+        longest = max(kept, key=lambda request: kept[request])
+        kept[longest] -= 1
+    return [replace(chunk, draft=chunk.draft[: kept[chunk.id]]) for chunk in chunks]

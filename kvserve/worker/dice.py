@@ -1,5 +1,7 @@
 """Random numbers with a seed, and weighted draws by them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,16 +11,21 @@ class Dice:
     Each `stream` of one seed is another generator. For one thread at a time.
     """
 
-    __slots__ = ("_random",)
+    __slots__ = ("_random", "_returned")
 
     def __init__(self, seed: int, n_drawn: int = 0, stream: int = 0) -> None:
         key = np.array([seed, stream], dtype=np.uint64)
         self._random = np.random.Generator(np.random.Philox(key=key))
         self._random.random(n_drawn)
+        self._returned: list[float] = []
 
     def uniform(self) -> float:
         """The next number, from 0 up to but not 1."""
-        return self._random.random()
+        return self._returned.pop() if self._returned else self._random.random()
+
+    def give_back(self, numbers: Sequence[float]) -> None:
+        """The last `numbers` that were taken, in their order, are the next ones again."""
+        self._returned += reversed(numbers)
 
     def happens(self, probability: float) -> bool:
         """Whether something with this probability comes true. Takes one number."""

@@ -50,27 +50,32 @@ class Round:
     def __init__(self, wishes: list[Wish], n_vocab: int) -> None:
         self.wishes = wishes
         plain: list[Plain] = []
-        self.together: list[int] = []
+        index: list[int] = []
+        banned = []
+        self.together: list[tuple[int, int]] = []
+        """Places of wishes, and how many rows of each are drawn from with the others'."""
         self.alone: list[int] = []
+        self.edited: list[Wish] = []
         for place, wish in enumerate(wishes):
             settings = wish.sampler.plain(n_vocab) if wish.n_logprobs is None else None
             if settings is None:
                 self.alone.append(place)
-            else:
-                self.together.append(place)
-                plain.append(settings)
-        self.settings = Settings.of(plain)
-        self.index = np.array([wishes[place].first for place in self.together], dtype=np.intp)
-        self.compiled = together.compiled_draws(self.index, self.settings)
-        self.edited: list[Wish] = []
-        banned = []
-        for place in self.together:
-            wish = wishes[place]
-            bans = wish.sampler.bans()
+                continue
+            bans, n_rows = wish.sampler.bans(), 1
             if bans is None:
                 self.edited.append(wish)
-            elif len(bans):
-                banned.append(bans + wish.first * n_vocab)
+            else:
+                # What is drawn from one row changes none of the next.
+                n_rows += len(wish.draft)
+            rows = range(wish.first, wish.first + n_rows)
+            if bans is not None and len(bans):
+                banned += [bans + row * n_vocab for row in rows]
+            self.together.append((place, n_rows))
+            plain += [settings] * n_rows
+            index += rows
+        self.settings = Settings.of(plain)
+        self.index = np.array(index, dtype=np.intp)
+        self.compiled = together.compiled_draws(self.index, self.settings)
         self.banned = np.concatenate(banned) if banned else None
         """Places in the logits of all rows, one after another."""
 
@@ -99,26 +104,29 @@ class Drawer:
         return drawn
 
     def _draw_together(self, logits: Rows, todo: Round, drawn: list[Drawn]) -> list[int]:
-        """Draw the first token of all wishes that can share a draw; returns those whose draft goes
-        on."""
+        """Draw the tokens of all wishes that can share a draw, of those whose rows hang on what
+        was drawn the first; returns those of them whose draft goes on."""
         if todo.banned is not None:
             logits.reshape(-1)[todo.banned] = NEVER
         if todo.edited:
             self._share(
                 lambda start, end: _edit(logits, todo.edited[start:end]), len(todo.edited), _FEWEST
             )
-        numbers = [todo.wishes[place].sampler.number() for place in todo.together]
+        wishes = todo.wishes
+        numbers = [
+            wishes[place].sampler.number() for place, n_rows in todo.together for _ in range(n_rows)
+        ]
         if todo.compiled is not None:
             tokens = todo.compiled(logits, numbers, self._n_openmp)
         else:
             tokens = self._draw_with_numpy(logits, todo, numbers)
-        unfinished = []
-        for place, number, token in zip(todo.together, numbers, tokens, strict=True):
-            wish = todo.wishes[place]
-            took = wish.sampler.settle(logits[wish.first], number, token)
-            drawn[place].append((took, None))
-            if wish.accept(took) and wish.draft and took == wish.draft[0]:
+        unfinished, start = [], 0
+        for place, n_rows in todo.together:
+            end = start + n_rows
+            wish, found = wishes[place], drawn[place]
+            if _settle(wish, logits, numbers[start:end], tokens[start:end], found):
                 unfinished.append(place)
+            start = end
         return unfinished
 
     def _draw_with_numpy(self, logits: Rows, todo: Round, numbers: list[float]) -> list[int]:
@@ -128,7 +136,7 @@ class Drawer:
             index, top_k = todo.index[start:end], todo.settings.top_k[start:end]
             parts[start] = together.candidates(logits, index, top_k)
 
-        self._share(find, len(todo.together), _FEWEST_TOGETHER)
+        self._share(find, len(todo.index), _FEWEST_TOGETHER)
         starts = sorted(parts)
         found = together.joined([parts[start] for start in starts], starts)
         tokens: list[int] = together.draw(found, todo.settings, np.array(numbers)).tolist()
@@ -157,6 +165,20 @@ class Drawer:
         borders = [n * share // n_shares for share in range(n_shares + 1)]
         if n:
             self._team.share(work, list(itertools.pairwise(borders)))
+
+
+def _settle(
+    wish: Wish, logits: Rows, numbers: list[float], tokens: list[int], drawn: Drawn
+) -> bool:
+    """Take the `tokens` that were drawn from a wish's first rows as far as they count; returns
+    whether the draft goes on after them."""
+    for n_taken, (number, token) in enumerate(zip(numbers, tokens, strict=True), 1):
+        took = wish.sampler.settle(logits[wish.first + n_taken - 1], number, token)
+        drawn.append((took, None))
+        if not wish.accept(took) or wish.draft[n_taken - 1 : n_taken] != (took,):
+            wish.sampler.give_back(numbers[n_taken:])
+            return False
+    return True
 
 
 def _edit(logits: Rows, wishes: list[Wish]) -> None:

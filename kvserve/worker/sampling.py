@@ -8,7 +8,7 @@ its penalty step looks every token up in a hash map (0.17 ms against 0.01 ms).
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,11 @@ class Sampler:
     def number(self) -> float:
         """The random number of the next draw; 0 for a greedy one."""
         return self._dice.uniform() if self._dice is not None else 0.0
+
+    def give_back(self, numbers: Sequence[float]) -> None:
+        """Nothing was drawn with the last `numbers`: they are the next ones again."""
+        if self._dice is not None:
+            self._dice.give_back(numbers)
 
     def sample(self, row: Row) -> int:
         """Draw the next token from a row of logits, which is changed. Thread-safe for different

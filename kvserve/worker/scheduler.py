@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvserve.worker.batches import Batch, Chunk
+from kvserve.worker.batches import Batch, Chunk, shortened
 from kvserve.worker.cell_tree import CachedSequence, Tokens, n_common
 from kvserve.worker.entries import Entry, chunk_of, share
 from kvserve.worker.prefix_cache import PrefixCache, Reuse
-from kvserve.worker.step_rows import StepRows
+from kvserve.worker.step_rows import StepRows, left_over
 
 _GROWTH_CELLS = 16
 """Cells kept free for each running request at admission, lest it be undone a few steps later."""
@@ -185,9 +185,15 @@ class Scheduler:
         n_rows = len(decoding) + n_drafted
         budget = min(max(n_prefill_max, 1), n_most - n_rows)
         shares = self._read_or_copy(prefilling, n_rows, budget, n_stored)
-        chunks += [chunk_of(entry, count) for entry, count in shares]
+        read = [chunk_of(entry, count) for entry, count in shares]
+        if self.rows.learns and any(chunk.last for chunk in read):
+            # That of a prompt's last token is known only now.
+            n_over = left_over(sum(chunk.n_outputs for chunk in (*chunks, *read)))
+            if n_over <= n_drafted:
+                chunks, n_drafted = shortened(chunks, n_over), n_drafted - n_over
+        chunks += read
         n_prefill = sum(count for _, count in shares)
-        n_rows += n_prefill
+        n_rows = len(decoding) + n_drafted + n_prefill
         n_pad = 0
         if not n_prefill and (self.rows.learns or not n_drafted):
             n_pad = self._n_pad(n_rows)

@@ -31,6 +31,11 @@ def whole_rows(n: int) -> int:
     return n if n < _FEWEST else n + -n % CPU_ROWS
 
 
+def left_over(n: int) -> int:
+    """The rows that are in no whole group on a CPU; 0 where there is none."""
+    return n % CPU_ROWS if n > CPU_ROWS else 0
+
+
 class StepRows:
     """Learns from steps without prompts where it `learns`; else the numbers in `known` are all
     there is. What it learns is at most `n_most` rows, and begins no tile of attention."""

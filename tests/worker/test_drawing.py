@@ -112,6 +112,45 @@ def test_a_draft_counts_as_far_as_it_is_drawn_and_wanted(
     assert [token for token, _ in found] == taken == drawn
 
 
+@pytest.mark.usefixtures("_means")
+@pytest.mark.parametrize("n_vocab", [2000, 70_001])
+@pytest.mark.parametrize("n_right", [0, 1, 3])
+def test_drafts_are_drawn_as_their_tokens_would_be_one_by_one(n_right: int, n_vocab: int) -> None:
+    """By each kind of sampler, and what is drawn after them too."""
+    n_draft, n_later = 3, 4
+    drafting = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    lone = [sampler_of(seed=i, **fields) for i, fields in enumerate(MIXED)]
+    rows = some_rows(len(MIXED) * (n_draft + 1), n_vocab)
+    asked, expected = [], []
+    for i, sampler in enumerate(lone):
+        first = i * (n_draft + 1)
+        drawn = [sampler.sample(row) for row in rows[first : first + n_right + 1].copy()]
+        expected.append(drawn)
+        wrong = [(drawn[-1] + 1) % n_vocab] * (n_draft - n_right)
+        draft = (*drawn[:n_right], *wrong)
+        asked.append(Wish(i, first, drafting[i], lambda token: True, None, draft))
+    found = Drawer(2, lambda token: b"x", 2).draw(rows, Round(asked, n_vocab))
+    assert [[token for token, _ in one] for one in found] == expected
+    for row in some_rows(n_later, n_vocab):
+        later = [one.sample(row.copy()) for one in drafting]
+        assert later == [one.sample(row.copy()) for one in lone]
+
+
+@pytest.mark.parametrize("n_drawn", [0, 1, 4])
+def test_a_step_draws_together_all_rows_that_hang_on_no_other(n_drawn: int) -> None:
+    """What a draw changes the next row of cannot be drawn with it."""
+    draft = tuple(range(n_drawn))
+    fields = [{}, {"presence_penalty": 1.0}, {"typical_p": 0.5}]
+    asked = [
+        Wish(i, i * (n_drawn + 1), sampler_of(**one), lambda token: True, None, draft)
+        for i, one in enumerate(fields)
+    ]
+    todo = Round(asked, 5000)
+    assert todo.together == [(0, n_drawn + 1), (1, 1)]
+    assert todo.index.tolist() == [*range(n_drawn + 1), n_drawn + 1]
+    assert todo.alone == [2]
+
+
 MIXED = (
     {},
     {"temperature": 0.0},

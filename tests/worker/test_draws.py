@@ -169,6 +169,16 @@ def test_streams_of_one_seed_differ() -> None:
     assert [all_along.uniform() for _ in range(8)][5:] == [later.uniform() for _ in range(3)]
 
 
+def test_numbers_that_were_given_back_come_again() -> None:
+    dice, expected = Dice(5), [Dice(5, n).uniform() for n in range(8)]
+    taken = [dice.uniform() for _ in range(5)]
+    dice.give_back(taken[2:])
+    dice.give_back([])
+    again = [dice.uniform() for _ in range(2)]
+    dice.give_back(again[1:])
+    assert [dice.uniform() for _ in range(5)] == expected[3:]
+
+
 @pytest.mark.parametrize("probability", [1e-9, 0.25, 1.0])
 def test_what_happens(probability: float) -> None:
     dice = Dice(3)

@@ -414,6 +414,40 @@ def test_drafts_are_filled_up_as_measured_on_a_cpu_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("learns", "drafts", "n_prompt", "n_kept"),
+    [
+        (True, (4, 2), 9, (3, 2)),  # 2 + 6 + the prompt's: one over
+        (True, (4, 2), 40, (4, 2)),  # it does not end
+        (True, (3, 2), 9, (3, 2)),  # 2 + 5 + 1 are whole
+        (True, (3, 3), 9, (2, 3)),
+        (True, (1, 2), 9, (0, 1)),
+        (True, (1, 1), 9, (0, 1)),
+        (True, (1, 0), 9, (1, 0)),  # four
+        (False, (4, 2), 9, (4, 2)),
+    ],
+)
+def test_where_a_prompt_ends_drafts_make_the_outputs_whole_on_a_cpu(
+    learns: bool, drafts: tuple[int, int], n_prompt: int, n_kept: tuple[int, int]
+) -> None:
+    """What is left over takes longer than the tokens are worth."""
+    scheduler, _ = fake_scheduler(400, n_slots=3, n_batch=64, n_draft=8, learns=learns)
+    for request in range(2):
+        scheduler.add(request, np.full(60, request), 5)
+    scheduler.commit(scheduler.plan(64))
+    for request in range(2):
+        scheduler.grow(request)
+    scheduler.add(2, np.full(60, 2), n_prompt)
+    proposed = {request: tuple(range(n)) for request, n in enumerate(drafts) if n}
+    batch = scheduler.plan(16, proposed)
+    assert tuple(len(chunk.draft) for chunk in batch.chunks[:2]) == n_kept
+    assert all(
+        chunk.draft == proposed.get(chunk.id, ())[: len(chunk.draft)] for chunk in batch.chunks[:2]
+    )
+    assert batch.n_prefill == min(n_prompt, 16)
+    scheduler.commit(batch)
+
+
+@pytest.mark.parametrize(
     ("n_window", "n_ubatch", "expected"), [(None, 3, 1), (16, 4, 1), (16, 3, 0)]
 )
 def test_with_a_window_rows_more_are_in_the_same_micro_batch(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvserve.worker.step_rows import StepRows
+from kvserve.worker.step_rows import StepRows, left_over
 
 GEMMA = {1: 15, 2: 29, 3: 48, 4: 36, 5: 55, 6: 45, 7: 63, 8: 45, 9: 62, 10: 58, 11: 79, 12: 67}
 """Milliseconds: Gemma 3 270M Q4_K_M on two cores."""
@@ -64,3 +64,7 @@ def test_what_was_timed_at_the_start_is_kept_where_nothing_is_learned() -> None:
 def test_with_prompts_outputs_come_in_fours() -> None:
     rows = StepRows(learns=True, n_most=16)
     assert [rows.outputs(n) for n in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 12]
+
+
+def test_what_is_left_over_of_whole_groups() -> None:
+    assert [left_over(n) for n in range(1, 14)] == [0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
