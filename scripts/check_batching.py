@@ -2,7 +2,8 @@
 
 All prompts are sent at once to a worker with few cells: it batches them, shares their beginnings
 and preempts some. Then each is sent alone, sharing nothing. Where two answers part, the difference
-between the two likeliest tokens of the lone answer tells whether rounding can have decided.
+is how much likelier the lone request found its own token than the other one: whether rounding can
+have decided.
 
 Exits with 1 where answers part at a difference above the tolerance.
 """
@@ -26,11 +27,13 @@ from tests.worker.conftest import Answer, Peer, Workers
 TOLERANCE = 0.01
 KINDS = ("llama", "gemma3", "qwen35", "mamba2")
 N_SLOTS = 8
+_N_LIKELIEST = 8
 _FEWEST_REAL = 1_000
 """Vocabularies of fewer tokens are made of bytes, others of words."""
 HEADER = (
     "| model | answers | tokens | cached tokens | decoded again after preemption "
-    "| answers that part | largest difference of the top two there |\n|---|---|---|---|---|---|---|"
+    "| answers that part | largest difference of the two tokens there |\n"
+    "|---|---|---|---|---|---|---|"
 )
 
 
@@ -117,7 +120,7 @@ def compare(worker: Peer, path: str, arguments: argparse.Namespace) -> Outcome:
             prompt,
             max_tokens=arguments.tokens,
             ignore_eos=True,
-            n_logprobs=2,
+            n_logprobs=_N_LIKELIEST,
             cache_salt=salt,
         )
 
@@ -165,9 +168,13 @@ def text_prompts(n: int, longest: int, n_vocab: int) -> list[Prompt]:
 
 
 def gap_where_they_part(answer: Answer, alone: Answer) -> list[float]:
+    """How much likelier the lone answer's token is than the other's, in log probability; of a token
+    that is not among the likeliest at least so much. An end token that may not be drawn is no rival
+    of theirs, however likely."""
     for mine, theirs in zip(answer.tokens, alone.logprobs, strict=True):
         if mine != theirs.drawn.token:
-            return [theirs.top[0].logprob - theirs.top[1].logprob]
+            of = {one.token: one.logprob for one in theirs.top}
+            return [theirs.drawn.logprob - of.get(mine, theirs.top[-1].logprob)]
     return []
 
 
