@@ -186,21 +186,17 @@ class Scheduler:
         budget = min(max(n_prefill_max, 1), n_most - n_rows)
         shares = self._read_or_copy(prefilling, n_rows, budget, n_stored)
         read = [chunk_of(entry, count) for entry, count in shares]
-        if self.rows.learns and any(chunk.last for chunk in read):
-            # That of a prompt's last token is known only now.
-            n_over = left_over(sum(chunk.n_outputs for chunk in (*chunks, *read)))
-            if n_over <= n_drafted:
-                chunks, n_drafted = shortened(chunks, n_over), n_drafted - n_over
+        if self.rows.learns and read and read[-1].last:
+            chunks = self._whole(chunks, read)
         chunks += read
         n_prefill = sum(count for _, count in shares)
-        n_rows = len(decoding) + n_drafted + n_prefill
         n_pad = 0
         if not n_prefill and (self.rows.learns or not n_drafted):
             n_pad = self._n_pad(n_rows)
-        # With a sliding window, rows that are taken back must not be in another micro-batch.
-        n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch
-        if n_rows + n_pad > min(self.cache.n_free, n_most_rows):
-            n_pad = 0
+            # With a sliding window, rows that are taken back must not be in another micro-batch.
+            n_most_rows = self.n_batch if self.cache.rules.n_window is None else self.n_ubatch
+            if n_rows + n_pad > min(self.cache.n_free, n_most_rows):
+                n_pad = 0
         n_idle = self._n_idle(chunks) if n_prefill else 0
         operations = self.cache.take_operations()
         return Batch(tuple(chunks), n_prefill, admitted, preempted, operations, n_pad, n_idle)
@@ -260,6 +256,14 @@ class Scheduler:
         n_more = min(n_rows + n_prefill, cache.n_free + max(n_stored, n_rows + 1))
         cache.make_room(n_rows + n_more, n_stored)
         return []
+
+    @staticmethod
+    def _whole(streams: list[Chunk], read: list[Chunk]) -> list[Chunk]:
+        """The chunks of streams without the drafted tokens that are left over of whole groups of
+        outputs, now that it is known how many prompts end beside them."""
+        n_over = left_over(sum(chunk.n_outputs for chunk in (*streams, *read)))
+        n_drafted = sum(len(chunk.draft) for chunk in streams)
+        return shortened(streams, n_over) if n_over <= n_drafted else streams
 
     def _n_pad(self, n_rows: int) -> int:
         if not self.rows.learns and self.cache.n_used > _MOST_PADDED_CELLS:

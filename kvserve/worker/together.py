@@ -129,11 +129,15 @@ def joined(parts: Sequence[Candidates], starts: Sequence[int]) -> Candidates:
 
 def draw(found: Candidates, settings: Settings, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
     """A token of each row by its settings and the random number `numbers[i]` in [0, 1); -1 where a
-    row has no finite logit, or far more of its likeliest than are asked for.
+    row has no finite logit or an infinite one, or far more of its likeliest than are asked for.
 
     The draw goes along the tokens in the vocabulary's order: rounding hardly ever changes it.
     """
     n_rows = len(numbers)
+    infinite = np.unique(found.rows[np.isposinf(found.logits)])
+    if len(infinite):
+        finite = ~np.isin(found.rows, infinite)
+        found = Candidates(found.rows[finite], found.ids[finite], found.logits[finite])
     if n_rows <= _FEW:
         return np.array([_draw_row(found, settings, row, numbers[row]) for row in range(n_rows)])
     counts = np.bincount(found.rows, minlength=n_rows)

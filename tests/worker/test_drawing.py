@@ -12,8 +12,6 @@ from kvserve.worker.drawing import Drawer, Round, Wish
 from kvserve.worker.sampling import Sampler
 from kvserve.worker.sequences import Generation, Limits
 
-NONE = np.empty(0, dtype=np.int64)
-
 
 @pytest.fixture(params=["machine code", "NumPy"])
 def _means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,12 +43,14 @@ def wishes(n: int, sampler: object, n_logprobs: int | None) -> list[Wish]:
     return [Wish(100 + i, i, sampler, lambda token: True, n_logprobs) for i in range(n)]
 
 
-def sampler_of(**fields: object) -> Sampler:
+def sampler_of(
+    forbidden: tuple[int, ...] = (), ends: tuple[int, ...] = (), **fields: object
+) -> Sampler:
     return Sampler(
         Sampling(**fields),
-        Generation(np.array([1], dtype=np.int32), Limits(max_tokens=400)),
-        forbidden=NONE,
-        end_tokens=NONE,
+        Generation(np.array([1], dtype=np.int32), Limits(max_tokens=400, ignore_eos=bool(ends))),
+        forbidden=np.array(forbidden, dtype=np.int64),
+        end_tokens=np.array(ends, dtype=np.int64),
         piece=lambda token: b"x",
     )
 
@@ -134,6 +134,68 @@ def test_drafts_are_drawn_as_their_tokens_would_be_one_by_one(n_right: int, n_vo
     for row in some_rows(n_later, n_vocab):
         later = [one.sample(row.copy()) for one in drafting]
         assert later == [one.sample(row.copy()) for one in lone]
+
+
+@pytest.mark.usefixtures("_means")
+@pytest.mark.parametrize("banned", [{"forbidden": (7,)}, {"forbidden": (7, 8)}, {"ends": (9, 7)}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_must_not_be_drawn_is_not_drawn_from_a_draft(
+    banned: dict[str, tuple[int, ...]], temperature: float
+) -> None:
+    rows = some_rows(8, 5000)
+    rows[:, [7, 8, 9]] = 50.0
+    drafting, lone = (
+        [sampler_of(**banned, seed=i, temperature=temperature) for i in range(2)] for _ in "ab"
+    )
+    expected = [
+        [one.sample(row) for row in rows[4 * i : 4 * i + 4].copy()] for i, one in enumerate(lone)
+    ]
+    asked = [
+        Wish(i, 4 * i, drafting[i], lambda token: True, None, tuple(expected[i][:3]))
+        for i in range(2)
+    ]
+    found = Drawer(1, lambda token: b"x").draw(rows, Round(asked, 5000))
+    assert [[token for token, _ in one] for one in found] == expected
+    assert not set(next(iter(banned.values()))) & {token for one in expected for token in one}
+
+
+@pytest.mark.usefixtures("_means")
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan, 1e30])
+@pytest.mark.parametrize("where", [slice(None), 1234])
+@pytest.mark.parametrize("n_draft", [1, 3])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_row_without_a_choice_within_a_draft(
+    value: float, where: slice | int, n_draft: int, n: int
+) -> None:
+    n_rows = n_draft + 1
+    for place in range(n_rows):
+        rows = some_rows(n_rows * n, 5000)
+        rows[place, where] = value
+        expected, asked = [], []
+        for i in range(n):
+            lone, first = sampler_of(seed=i), n_rows * i
+            drawn = [lone.sample(row) for row in rows[first : first + n_rows].copy()]
+            expected.append(drawn)
+            draft = tuple(drawn[:-1])
+            asked.append(Wish(i, first, sampler_of(seed=i), lambda token: True, None, draft))
+        found = Drawer(2, lambda token: b"x", 2).draw(rows, Round(asked, 5000))
+        assert [[token for token, _ in one] for one in found] == expected
+        assert not (where == 1234 and value > 0) or expected[0][place] == 1234
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_numpy_draws_from_all_rows_of_drafts(
+    monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    monkeypatch.setattr(compiled, "AVAILABLE", False)
+    monkeypatch.setattr(Sampler, "settle", lambda self, row, number, token: token)
+    rows, wishes = some_rows(60, 5000), []
+    for i in range(10):
+        draft = tuple(rows[6 * i : 6 * i + 5].argmax(axis=1).tolist())
+        sampler = sampler_of(temperature=0.0)
+        wishes.append(Wish(i, 6 * i, sampler, lambda token: True, None, draft))
+    found = Drawer(n_threads, lambda token: b"x").draw(rows, Round(wishes, 5000))
+    assert [token for one in found for token, _ in one] == rows.argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("n_drawn", [0, 1, 4])

@@ -414,37 +414,54 @@ def test_drafts_are_filled_up_as_measured_on_a_cpu_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("learns", "drafts", "n_prompt", "n_kept"),
+    ("learns", "drafts", "prompts", "n_kept"),
     [
-        (True, (4, 2), 9, (3, 2)),  # 2 + 6 + the prompt's: one over
-        (True, (4, 2), 40, (4, 2)),  # it does not end
-        (True, (3, 2), 9, (3, 2)),  # 2 + 5 + 1 are whole
-        (True, (3, 3), 9, (2, 3)),
-        (True, (1, 2), 9, (0, 1)),
-        (True, (1, 1), 9, (0, 1)),
-        (True, (1, 0), 9, (1, 0)),  # four
-        (False, (4, 2), 9, (4, 2)),
+        (True, (4, 2), (9,), (3, 2)),  # 2 + 6 + the prompt's: one over
+        (True, (4, 3), (40,), (4, 3)),  # it does not end: outputs of its tokens fill up
+        (True, (3, 2), (9,), (3, 2)),  # 2 + 5 + 1 are whole
+        (True, (3, 3), (9,), (2, 3)),
+        (True, (1, 2), (9,), (0, 1)),
+        (True, (1, 1), (9,), (0, 1)),
+        (True, (1, 0), (9,), (1, 0)),  # four
+        (True, (2, 0), (4, 5), (0, 0)),  # 2 + 2 + 2: all that is drafted
+        (True, (1, 0), (4, 5, 6), (1, 0)),  # 2 + 1 + 3: two over, and one drafted
+        (True, (4, 3), (4, 5), (2, 2)),  # 2 + 7 + 2: three over
+        (True, (4, 3), (5, 40), (4, 3)),  # the last one does not end
+        (False, (4, 2), (9,), (4, 2)),
     ],
 )
-def test_where_a_prompt_ends_drafts_make_the_outputs_whole_on_a_cpu(
-    learns: bool, drafts: tuple[int, int], n_prompt: int, n_kept: tuple[int, int]
+def test_where_prompts_end_drafts_make_the_outputs_whole_on_a_cpu(
+    learns: bool, drafts: tuple[int, int], prompts: tuple[int, ...], n_kept: tuple[int, int]
 ) -> None:
     """What is left over takes longer than the tokens are worth."""
-    scheduler, _ = fake_scheduler(400, n_slots=3, n_batch=64, n_draft=8, learns=learns)
+    scheduler, _ = fake_scheduler(400, n_slots=8, n_batch=64, n_draft=8, learns=learns)
     for request in range(2):
         scheduler.add(request, np.full(60, request), 5)
     scheduler.commit(scheduler.plan(64))
     for request in range(2):
         scheduler.grow(request)
-    scheduler.add(2, np.full(60, 2), n_prompt)
+    for request, n_tokens in enumerate(prompts, 2):
+        scheduler.add(request, np.full(60, request), n_tokens)
     proposed = {request: tuple(range(n)) for request, n in enumerate(drafts) if n}
     batch = scheduler.plan(16, proposed)
-    assert tuple(len(chunk.draft) for chunk in batch.chunks[:2]) == n_kept
-    assert all(
-        chunk.draft == proposed.get(chunk.id, ())[: len(chunk.draft)] for chunk in batch.chunks[:2]
-    )
-    assert batch.n_prefill == min(n_prompt, 16)
+    kept = [chunk.draft for chunk in batch.chunks[:2]]
+    assert tuple(map(len, kept)) == n_kept
+    for request, draft in enumerate(kept):
+        assert draft == proposed.get(request, ())[: len(draft)]
+    assert batch.n_prefill == min(sum(prompts), 16)
+    n_outputs = sum(chunk.n_outputs for chunk in batch.chunks) + batch.n_idle
+    assert not learns or drafts == (1, 0) or n_outputs % 4 == 0
     scheduler.commit(batch)
+
+
+def test_outputs_that_are_scored_are_counted_where_drafts_make_them_whole() -> None:
+    scheduler, _ = fake_scheduler(400, n_slots=8, n_batch=64, n_draft=8, learns=True)
+    scheduler.add(0, np.full(60, 0), 5)
+    scheduler.commit(scheduler.plan(64))
+    scheduler.grow(0)
+    scheduler.add(1, np.full(60, 1), 3, n_to_score=3)
+    batch = scheduler.plan(16, {0: (1, 2, 3)})
+    assert [chunk.n_outputs for chunk in batch.chunks] == [1, 3]
 
 
 @pytest.mark.parametrize(
