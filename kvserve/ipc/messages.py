@@ -204,6 +204,12 @@ class Pause(Message, frozen=True):
     export_bytes: int = 0
 
 
+class ShareCores(Message, frozen=True):
+    """Another worker loads beside this one from now on, or, not `shared`, no more."""
+
+    shared: bool
+
+
 class Shutdown(Message, frozen=True):
     """Exit with status 0."""
 
@@ -241,7 +247,18 @@ class TakeIn(Message, frozen=True):
     type_v: str
 
 
-ToWorker = Load | Transcode | TakeAhead | TakeIn | Generate | Cancel | CopyAhead | Pause | Shutdown
+ToWorker = (
+    Load
+    | Transcode
+    | TakeAhead
+    | TakeIn
+    | Generate
+    | Cancel
+    | ShareCores
+    | CopyAhead
+    | Pause
+    | Shutdown
+)
 
 
 class Awake(Message, frozen=True):

@@ -15,6 +15,7 @@ from kvserve.ipc.messages import (
     Pause,
     Paused,
     Progress,
+    ShareCores,
     Shutdown,
     TakeIn,
     TakenAhead,
@@ -88,6 +89,7 @@ class Reloads(Copying):
     def _overlap(self, state: Serving, following: Attempt) -> None:
         """Both workers fit: the next one loads while the present one answers."""
         now = self._clock()
+        state.worker.send(ShareCores(shared=True))
         self._history.spawning()
         self._move(
             Event.OVERLAP,
@@ -102,6 +104,7 @@ class Reloads(Copying):
         following = replace(state.following, beside_bytes=None, in_order_because=why)
         if why is not None:
             log.warning("the next worker has to wait for the present one's memory", reason=why)
+            state.worker.send(ShareCores(shared=False))
         self._beside(self._spawn_ahead(following))
         self._begin_drain(state, following, waits_until=self._clock() + AHEAD_SECONDS)
 
@@ -165,6 +168,7 @@ class Reloads(Copying):
                 why = f"died before it took over: {exit_.cause}"
                 following = replace(state.following, beside_bytes=None, in_order_because=why)
                 self._update(replace(state, following=following, successor=None))
+                state.worker.send(ShareCores(shared=False))
                 self._beside(self._spawn_ahead(following))
             case _:
                 pass

@@ -15,6 +15,7 @@ from kvserve.ipc.messages import (
     Delta,
     Generate,
     Pause,
+    ShareCores,
     Started,
     TakeAhead,
     TakeIn,
@@ -32,6 +33,7 @@ from kvserve.worker.drawing import Drawer
 from kvserve.worker.executor import Executor
 from kvserve.worker.job import Job
 from kvserve.worker.llama import Context
+from kvserve.worker.openmp import BriefWaits
 from kvserve.worker.outbox import Outbox
 from kvserve.worker.prefix_cache import PrefixCache
 from kvserve.worker.prepare import Prepared, Preparer, Refused
@@ -51,7 +53,8 @@ class Engine:
 
     `n_slots` requests run at a time, and up to `cold_bytes` of host memory hold conversations that
     left the KV cache. With a `speculator` steps check up to `n_draft` proposed tokens. The caller's
-    reader thread feeds the inbox.
+    reader thread feeds the inbox. OpenMP's `waits` are brief while another worker is there: until
+    the first request, and when the daemon says so.
     """
 
     def __init__(
@@ -64,9 +67,12 @@ class Engine:
         cold_bytes: int = 0,
         speculator: Speculator | None = None,
         n_draft: int = 0,
+        waits: BriefWaits | None = None,
     ) -> None:
         self._context = context
         self._channel = channel
+        self._waits = waits
+        self._began = False
         self._outbox = Outbox(channel, holds=context.asynchronous)
         self._inbox = inbox
         self._cache = PrefixCache(
@@ -159,7 +165,22 @@ class Engine:
                 if copied is not None:
                     self._outbox.send(copied)
             if has_work:
+                self._begin_work()
                 self._stepper.step()
+
+    def _begin_work(self) -> None:
+        """With the first request the worker before this one has stopped."""
+        if not self._began:
+            self._began = True
+            self._share_cores(shared=False)
+
+    def _share_cores(self, *, shared: bool) -> None:
+        if self._waits is None:
+            return
+        if shared:
+            self._waits.begin()
+        else:
+            self._waits.end()
 
     def _take_messages(self) -> None:
         try:
@@ -187,6 +208,8 @@ class Engine:
             case Cancel(id=request):
                 self._preparing.discard(request)
                 self._stepper.forget(request)
+            case ShareCores(shared=shared):
+                self._share_cores(shared=shared)
             case CopyAhead(export_bytes=limit_bytes):
                 self._copies.begin(self._scheduler.sequences, limit_bytes)
             case Pause(export_bytes=limit_bytes):
@@ -202,9 +225,7 @@ class Engine:
                 incoming, self._incoming = self._incoming or incoming_for(message), None
                 report = self.take_in(incoming, message.carried)
                 self._outbox.send(TakenIn(report if message.carried else None))
-            case Prepared() | Refused():
-                pass
-            case _:
+            case _ if not isinstance(message, Prepared | Refused):
                 print(f"unexpected message: {message!r}", file=sys.stderr, flush=True)
 
     def _pause(self, files: ExportFiles) -> None:

@@ -27,6 +27,7 @@ from kvserve.worker.chat import ChatRenderer
 from kvserve.worker.compiled import MISSING
 from kvserve.worker.engine import Engine, Inbox
 from kvserve.worker.load_log import LoadLog
+from kvserve.worker.openmp import BriefWaits
 from kvserve.worker.speculation.drafting import DraftProposer
 from kvserve.worker.speculation.either import EitherProposer
 from kvserve.worker.speculation.lookup import LookupProposer
@@ -63,6 +64,9 @@ def serve(
     if MISSING is not None:
         print(f"drawing tokens with NumPy: {MISSING}", file=sys.stderr, flush=True)
     channel.send(Hello(os.getpid(), "llama.cpp", llama.VERSION, llama.system_info()))
+    waits = None if load.n_gpu_layers else BriefWaits()
+    if waits is not None:
+        waits.begin()
     begun = time.monotonic()
     try:
         model = _load(load, log, channel)
@@ -80,6 +84,7 @@ def serve(
         load.cache_ram_bytes,
         speculator,
         load.n_draft,
+        waits,
     )
     carried = engine.take_in(incoming, load.carried) if incoming is not None else None
     channel.send(

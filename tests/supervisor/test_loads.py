@@ -13,7 +13,7 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_of_a_worker_on_a_cpu_do_not_wait_busily_for_long() -> None:
-    assert worker_environment(Backend.CPU)["GOMP_SPINCOUNT"] == "20000"
+    assert worker_environment(Backend.CPU)["GOMP_SPINCOUNT"] == "60000"
     assert "GOMP_SPINCOUNT" not in worker_environment(Backend.CUDA)
 
 

@@ -7,7 +7,15 @@ import pytest
 
 from kvserve.core.lifecycle import Phase
 from kvserve.errors import NotReady
-from kvserve.ipc.messages import CarryReport, ExportedState, LoadFailed, Paused, TakeIn, TakenIn
+from kvserve.ipc.messages import (
+    CarryReport,
+    ExportedState,
+    LoadFailed,
+    Paused,
+    ShareCores,
+    TakeIn,
+    TakenIn,
+)
 from tests.supervisor.stage import (
     Generate,
     Load,
@@ -99,6 +107,32 @@ def test_the_next_worker_loads_while_the_present_one_answers() -> None:
         await stage.settle()
         assert stage.supervisor.status().n_worker_deaths == 0
         await stage.end()
+
+    play(story)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_present_worker_knows_whether_it_shares_the_cores(phase: str, dies: bool) -> None:
+    async def story() -> None:
+        stage = Stage(drain_timeout=0.0)
+        reload = await halted(phase, stage)
+        assert [one.shared for one in reload.old.of_kind(ShareCores)] == [True]
+        if dies and phase == "spawning":
+            stage.spawn_fails = True
+        elif dies:
+            reload.new.die(-9)
+        stage.gate.set()
+        await stage.settle()
+        stage.spawn_fails = False
+        # After the handover began it has stopped, and nothing is to be told to it.
+        over = [False] if dies and phase != "handover" else []
+        assert [one.shared for one in reload.old.of_kind(ShareCores)] == [True, *over]
+        for worker in stage.workers:
+            assert worker is reload.old or not worker.of_kind(ShareCores)
+        if not dies and phase in ("spawning", "loading"):
+            reload.new.load()
+        await reload.finish()
 
     play(story)
 

@@ -18,6 +18,7 @@ from kvserve.ipc.messages import (
     Grammar,
     NeedsContext,
     Sampling,
+    ShareCores,
     Step,
     TextPrompt,
     Tokenized,
@@ -345,3 +346,33 @@ def test_while_a_conversation_comes_back_every_step_is_planned(
     monkeypatch.setattr(ColdTier, "restoring", True)
     assert run(context, speculates=False, cancels={}).outcome == plain.outcome
     assert not followed
+
+
+class Waits:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def begin(self) -> None:
+        self.calls.append("brief")
+
+    def end(self) -> None:
+        self.calls.append("long")
+
+
+def test_waits_are_brief_until_the_first_request_and_beside_another_worker(
+    context: Context,
+) -> None:
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    renderer = ChatRenderer(choose("llama", None, context.vocab.has), bos_text="", eos_text="")
+    waits = Waits()
+    engine = Engine(context, Collector(inbox, 1, {}), renderer, inbox, 4, waits=waits)
+    for message in (ShareCores(shared=True), ShareCores(shared=False), asked(max_tokens=8)(0)):
+        inbox.put(message)
+    with pytest.raises(AllOver):
+        engine.run()
+    assert waits.calls == ["brief", "long", "long"]
+    engine._handle(ShareCores(shared=True))
+    engine._begin_work()
+    assert waits.calls == ["brief", "long", "long", "brief"], "later work does not end it"
+    for slot in range(4 + context.reuse_rules.n_spare):
+        context.clear_slot(slot)
