@@ -209,6 +209,7 @@ class Engine:
                 self._preparing.discard(request)
                 self._stepper.forget(request)
             case ShareCores(shared=shared):
+                self._began = True  # it is the present one, with or without a request
                 self._share_cores(shared=shared)
             case CopyAhead(export_bytes=limit_bytes):
                 self._copies.begin(self._scheduler.sequences, limit_bytes)

@@ -1,8 +1,8 @@
 """How long OpenMP's threads wait busily for each other.
 
-That is a number of turns (GOMP_SPINCOUNT), read once when the library is loaded, but for a hundred
-as soon as a process has more OpenMP threads than there are processors (doacross and barriers in
-libgomp's config/linux/wait.h). So a few idle threads more make the waits brief, until they end.
+That is a number of turns (GOMP_SPINCOUNT), read once when the library is loaded, but only a hundred
+as long as the process has more OpenMP threads than there are processors (do_spin in libgomp's
+config/linux/wait.h). So a few idle threads more make the waits brief, until they end.
 """
 
 import ctypes

@@ -359,20 +359,25 @@ class Waits:
         self.calls.append("long")
 
 
+@pytest.mark.parametrize(
+    ("told", "calls"),
+    [((), ["long"]), ((True,), ["brief"]), ((True, False), ["brief", "long"])],
+)
 def test_waits_are_brief_until_the_first_request_and_beside_another_worker(
-    context: Context,
+    context: Context, told: tuple[bool, ...], calls: list[str]
 ) -> None:
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     renderer = ChatRenderer(choose("llama", None, context.vocab.has), bos_text="", eos_text="")
     waits = Waits()
     engine = Engine(context, Collector(inbox, 1, {}), renderer, inbox, 4, waits=waits)
-    for message in (ShareCores(shared=True), ShareCores(shared=False), asked(max_tokens=8)(0)):
-        inbox.put(message)
+    for shared in told:
+        inbox.put(ShareCores(shared=shared))
+    inbox.put(asked(max_tokens=8)(0))
     with pytest.raises(AllOver):
         engine.run()
-    assert waits.calls == ["brief", "long", "long"]
+    assert waits.calls == calls
     engine._handle(ShareCores(shared=True))
     engine._begin_work()
-    assert waits.calls == ["brief", "long", "long", "brief"], "later work does not end it"
+    assert waits.calls == [*calls, "brief"]
     for slot in range(4 + context.reuse_rules.n_spare):
         context.clear_slot(slot)
