@@ -62,7 +62,8 @@ class Batch:
 
 
 def shortened(chunks: list[Chunk], n_fewer: int) -> list[Chunk]:
-    """The chunks with `n_fewer` drafted tokens in all, each taken from the longest draft."""
+    """The chunks without `n_fewer` of their drafted tokens, each taken from the end of the longest
+    draft."""
     kept = {chunk.id: len(chunk.draft) for chunk in chunks}
     for _ in range(n_fewer):
         longest = max(kept, key=lambda request: kept[request])
